@@ -1,0 +1,1 @@
+"""What the results say: measures (pure functions), plots, reports."""

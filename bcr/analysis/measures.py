@@ -1,0 +1,35 @@
+"""Measures of judged rollouts: pure functions from records to numbers."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from bcr.records import Verdict
+from bcr.tasks.judging import Judged
+
+
+def summarise(rollouts: Sequence[Judged]) -> dict[str, float]:
+    """Means over the problems of the rollouts.
+
+    `accuracy` with its standard error (problems taken as independent), `tokens_per_problem` (all completion tokens, rambling
+    included, over the number of problems asked), `checks_per_problem`, and the share of each verdict; `truncated` is a share of rollouts,
+    `entropy` the mean of -log p over the sampled tokens [nats per token], an unbiased estimate of the policy's entropy.
+    """
+    if not rollouts:
+        raise ValueError("there are no rollouts to summarise.")
+    verdicts = Counter(verdict for judged in rollouts for verdict in judged.verdicts)
+    problems = sum(verdicts.values())
+    tokens = sum(len(judged.rollout.token_ids) for judged in rollouts)
+    accuracy = verdicts[Verdict.CORRECT] / problems
+    return {
+        "accuracy": accuracy,
+        "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / problems),
+        "tokens_per_problem": tokens / problems,
+        "checks_per_problem": sum(judged.checks for judged in rollouts) / problems,
+        "problems": problems,
+        "truncated": sum(judged.rollout.finish == "length" for judged in rollouts) / len(rollouts),
+        **{verdict.value: verdicts[verdict] / problems for verdict in Verdict if verdict is not Verdict.CORRECT},
+        "entropy": -math.fsum(logprob for judged in rollouts for logprob in judged.rollout.logprobs) / tokens,
+    }

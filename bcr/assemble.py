@@ -1,0 +1,97 @@
+"""From a checked config to the things a program works with: decoder, dialect, problems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from bcr.model import Decoder, DecoderConfig, load_pretrained
+from bcr.model.huggingface import read_config, resolve, stop_token_ids
+from bcr.runtime.schema import DataConfig, ModelConfig, RandomModel
+from bcr.tasks.arithmetic import ArithmeticDialect, ArithmeticProblems
+from bcr.tasks.bundles import Problems
+from bcr.tasks.dialect import Dialect, MarkdownDialect
+from bcr.tasks.problems import ShuffledProblems, read_jsonl
+
+BUILTIN = "builtin/"  # model.path=builtin/arithmetic-base: a checkpoint that ships with the package
+
+
+@dataclass
+class Task:
+    """What is trained or measured. `problems` is endless; `finite` is the file's list where there is a file."""
+
+    model: Decoder
+    dialect: Dialect
+    problems: Problems
+    finite: list | None
+
+
+def assemble(model: ModelConfig, data: DataConfig, seed: int, device: torch.device) -> Task:
+    """Load or make everything. ValueError, with one sentence, for whatever does not fit together."""
+    if data.kind not in ("arithmetic", "jsonl"):
+        raise ValueError(f"data.kind is {data.kind!r}; it must be 'arithmetic' or 'jsonl'.")
+    if data.split not in ("train", "heldout"):
+        raise ValueError(f"data.split is {data.split!r}; it must be 'train' or 'heldout'.")
+    if (model.path is None) == (model.random is None):
+        raise ValueError("model.path and model.random: give exactly one of them.")
+    if data.kind == "jsonl" and data.path is None:
+        raise ValueError("data.path is null; data.kind=jsonl needs a file.")
+    finite = read_jsonl(data.path, data.question, data.answer) if data.kind == "jsonl" and data.path else None
+    problems: Problems = ShuffledProblems(finite, seed) if finite else ArithmeticProblems(data.split, seed, data.operations)  # type: ignore[arg-type]
+    if model.random is not None:
+        if finite is None:
+            raise ValueError("model.random trains its tokenizer on the data's text: use it with data.kind=jsonl.")
+        tokenizer = train_tokenizer([f"{problem.question}\n{problem.answer}" for problem in finite], model.random.vocab_size)
+        decoder, stops = random_decoder(model.random, tokenizer.get_vocab_size(), seed), [tokenizer.token_to_id("<eos>")]
+    else:
+        assert model.path is not None
+        folder = model_folder(model.path)
+        config = read_config(folder)
+        tokenizer = load_tokenizer(folder)
+        stops = stop_token_ids(folder)
+        if tokenizer.get_vocab_size() > config.vocab_size:
+            raise ValueError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only {config.vocab_size}.")
+        decoder = load_pretrained(folder)
+    dialect = ArithmeticDialect(tokenizer) if data.kind == "arithmetic" else MarkdownDialect(tokenizer, stops)
+    return Task(decoder.to(device), dialect, problems, finite)
+
+
+def model_folder(path: str) -> Path:
+    """The folder of a checkpoint: built in, local, or fetched from the hub."""
+    if path.startswith(BUILTIN):
+        folder = Path(__file__).parent / "assets" / path.removeprefix(BUILTIN)
+        if not folder.is_dir():
+            known = ", ".join(f"{BUILTIN}{found.name}" for found in sorted(folder.parent.glob("*/")))
+            raise ValueError(f"model.path is {path!r}; built in are: {known}.")
+        return folder
+    return resolve(path)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The fast tokenizer of a checkpoint folder."""
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        raise ValueError(f"{folder}: there is no tokenizer.json; slow tokenizers are not supported.")
+    return Tokenizer.from_file(str(file))
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer trained on the texts, with <pad>, <bos>, <eos>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<bos>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def random_decoder(sizes: RandomModel, vocab_size: int, seed: int) -> Decoder:
+    return Decoder(DecoderConfig(**{**vars(sizes), "vocab_size": vocab_size})).init_weights(seed)

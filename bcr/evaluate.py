@@ -1,0 +1,129 @@
+"""`python -m bcr.evaluate [key=value ...]`: a checkpoint at several N and budgets, with the sampler, dialect and grader of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bcr.analysis.measures import summarise
+from bcr.assemble import Task, assemble
+from bcr.records import Problem
+from bcr.runtime.config import as_plain, launch
+from bcr.runtime.host import choose_device, settle_in
+from bcr.runtime.schema import EvaluateConfig
+from bcr.sampler import Sampler, SamplingParams
+from bcr.tasks.bundles import Budget, as_request, check_sizes, consecutive_bundles
+from bcr.tasks.dialect import Dialect
+from bcr.tasks.grader_pool import GraderPool
+from bcr.tasks.judging import Grader, Judged, judge
+
+
+@dataclass
+class Evaluation:
+    """A checked config and what it was turned into."""
+
+    config: EvaluateConfig
+    task: Task
+    problems: list[Problem]
+    cells: list[tuple[int, Budget]]
+    params: SamplingParams
+
+
+def prepare(config: EvaluateConfig) -> Evaluation:
+    """Check everything and load the model; ValueError with one sentence otherwise."""
+    if config.problems < 1:
+        raise ValueError(f"problems is {config.problems}; it must be at least 1.")
+    budgets = [Budget(total=tokens) for tokens in config.budgets] + [Budget(per_problem=tokens) for tokens in config.budgets_per_problem]
+    if not config.sizes or not budgets:
+        raise ValueError("sizes, budgets and budgets_per_problem: there must be at least one N and one budget.")
+    settle_in(config.threads)
+    task = assemble(config.model, config.data, config.seed, choose_device(config.device))
+    context = task.model.config.max_position_embeddings
+    for budget in budgets:
+        check_sizes(dict.fromkeys(config.sizes, 1.0), budget, task.dialect.max_problems)
+        longest = max(budget.tokens(size) for size in config.sizes)
+        if longest >= context:
+            raise ValueError(f"a budget allows {longest} new tokens (max_new_tokens); the model's context is {context}, prompt included.")
+    problems = task.finite[: config.problems] if task.finite else [task.problems[index] for index in range(config.problems)]
+    params = SamplingParams(config.sampling.temperature, 1, task.dialect.stop_token_ids, config.seed)
+    if config.output:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
+    return Evaluation(config, task, problems, [(size, budget) for budget in budgets for size in config.sizes], params)
+
+
+def evaluate_cell(
+    sampler: Sampler,
+    dialect: Dialect,
+    grader: Grader,
+    problems: Sequence[Problem],
+    size: int,
+    budget: Budget,
+    params: SamplingParams,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Judged]:
+    """All problems once, `size` to a prompt, in their order."""
+    bundles = consecutive_bundles(problems, size, dialect, budget, "evaluate")
+    groups = sampler.generate([as_request(bundle) for bundle in bundles], params, progress)
+    return [judged for group in judge(bundles, groups, dialect, grader) for judged in group]
+
+
+def evaluate(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """One record a cell: N, the budget and the measures of `bcr.analysis.measures.summarise`."""
+    config, task = evaluation.config, evaluation.task
+    settings = config.sampling
+    sampler = Sampler(task.model, max_batch=settings.max_batch, row_block=settings.row_block, cache_mb=settings.cache_mb)
+    cells = []
+    pool = GraderPool(config.grading.workers, config.grading.deadline_s, config.grading.memory_mb)
+    with pool, Progress(console=Console(stderr=True), transient=True) as progress:
+        for size, budget in evaluation.cells:
+            bar = progress.add_task(f"N = {size}, budget {described(budget)}", total=None)
+
+            def show(done: int, total: int, bar: Any = bar) -> None:
+                progress.update(bar, completed=done, total=total)
+
+            judged = evaluate_cell(sampler, task.dialect, pool, evaluation.problems, size, budget, evaluation.params, show)
+            cells.append({"n": size, "budget": budget.total, "budget_per_problem": budget.per_problem, **summarise(judged)})
+            progress.remove_task(bar)
+    return cells
+
+
+def described(budget: Budget) -> str:
+    return f"{budget.total} shared" if budget.total is not None else f"{budget.per_problem} a problem"
+
+
+def table(cells: Sequence[dict[str, Any]]) -> Table:
+    """The results for people."""
+    result = Table("N", "budget", "accuracy", "tokens/problem", "checks/problem", "truncated", "unanswered", "unparsed", "problems")
+    for cell in cells:
+        result.add_row(
+            str(cell["n"]),
+            described(Budget(cell["budget"], cell["budget_per_problem"])),
+            f"{cell['accuracy']:.1%} ± {cell['accuracy_se']:.1%}",
+            f"{cell['tokens_per_problem']:.1f}",
+            f"{cell['checks_per_problem']:.2f}",
+            f"{cell['truncated']:.0%}",
+            f"{cell['unanswered']:.1%}",
+            f"{cell['unparsed']:.1%}",
+            str(cell["problems"]),
+        )
+    return result
+
+
+def run(evaluation: Evaluation) -> None:
+    cells = evaluate(evaluation)
+    Console().print(table(cells))
+    if evaluation.config.output:
+        result = {"config": as_plain(evaluation.config), "cells": cells}
+        Path(evaluation.config.output).write_text(json.dumps(result, indent=2) + "\n")
+        print(f"written: {evaluation.config.output}")
+
+
+if __name__ == "__main__":
+    launch("evaluate", EvaluateConfig, prepare, run)

@@ -1,0 +1,1 @@
+"""From judged rollouts to an optimizer step: advantages, packs, losses."""

@@ -1,0 +1,182 @@
+"""A decoder-only transformer over packed tokens: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+One definition serves trainer and sampler (contract 1). It never sees batches or padding: tokens of any number of
+sequences lie end to end in one [T] vector, and an attention object says where keys and values come from:
+`bcr.model.attention.PackedAttention` in training, the sampler's KV cache in decoding.
+
+Shape legend: T tokens, H hidden, Q query heads, K key/value heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# attention(layer, query[T,Q,D], key[T,K,D], value[T,K,D]) -> [T,Q,D]
+Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and switches, named as in Hugging Face configs. Raises ValueError for sizes that cannot work."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    qk_norm: bool = True
+    qkv_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"model.num_attention_heads is {self.num_attention_heads}, which is no multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}; every key/value head serves a whole number of query heads."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim is {self.head_dim}; rotary embeddings need an even number.")
+
+
+class Decoder(nn.Module):
+    """input_ids[T], position_ids[T] -> hidden[T,H] after the final norm; logits are `hidden @ head_weight.T`.
+
+    The head is left to its caller because no caller wants the logits of every token: the learner goes through
+    `bcr_kernels.linear_logprob`, the sampler needs one row for each sequence.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = Rotary(config)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output projection [V,H]; the embedding itself where the two are tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
+        hidden = self.embed_tokens(input_ids)
+        rotation = self.rotary(position_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, rotation, attention)
+        return self.norm(hidden)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, std: float = 0.02) -> Decoder:
+        """Normal(0, std) matrices, with the two projections onto the residual stream scaled down by sqrt(2 layers) (GPT-2)."""
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                onto_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * (residual_std if onto_residual else std))
+        return self
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config, index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, attention)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class SelfAttention(nn.Module):
+    """Projections, optional q/k norm (Qwen3), RoPE; the attention itself is the caller's `attention` object."""
+
+    def __init__(self, config: DecoderConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        qkv = self.qkv_proj(hidden).view(hidden.shape[0], sum(self.heads), self.head_dim)
+        query, key, value = qkv.split(self.heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        return self.o_proj(attention(self.index, query, key, value).flatten(1))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 whatever the dtype of x."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+
+
+class Rotary(nn.Module):
+    """cos and sin [T,1,D] of the angles position * theta^(-2i/D), the two halves of D rotated against each other (RoFormer, NeoX layout)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim, self.theta, self.positions = config.head_dim, config.rope_theta, config.max_position_embeddings
+        self.table: tuple[Tensor, Tensor] | None = None  # made at first use, on the device and in the dtype of the weights
+
+    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        if self.table is None or self.table[0].device != position_ids.device:
+            exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu") / self.head_dim
+            angles = torch.outer(torch.arange(self.positions, dtype=torch.float64), self.theta**-exponent)
+            angles = torch.cat([angles, angles], dim=-1)[:, None, :].to(position_ids.device)
+            self.table = (angles.cos().float(), angles.sin().float())
+        cos, sin = self.table
+        return cos[position_ids], sin[position_ids]
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate x[T,heads,D] by the angles of its tokens."""
+    cos, sin = rotation
+    left, right = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)

@@ -1,0 +1,1 @@
+"""What every program needs: configuration, console and metrics, checkpoints, processes."""

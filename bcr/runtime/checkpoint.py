@@ -1,0 +1,59 @@
+"""Checkpoints on disk: a folder in Hugging Face layout that appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from bcr.model import Decoder, save_pretrained
+
+
+def save_checkpoint(model: Decoder, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...], folder: Path, card: str) -> Path:
+    """Write weights, configs, tokenizer and model card (`README.md`) to a temporary folder beside `folder`, then rename it.
+
+    A crash or a full disk (OSError) leaves whatever stood at `folder` before as it was.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        bos = tokenizer.token_to_id("<bos>")
+        stops = list(stop_token_ids)
+        save_pretrained(model, temporary, eos_token_id=stops[0] if len(stops) == 1 else stops, bos_token_id=bos)
+        tokenizer.save(str(temporary / "tokenizer.json"))
+        (temporary / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, stops[0], model), indent=2) + "\n")
+        (temporary / "README.md").write_text(card)
+        for file in temporary.iterdir():
+            sync(file)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def tokenizer_config(tokenizer: Tokenizer, eos: int, model: Decoder) -> dict[str, object]:
+    special = {"bos_token": "<bos>", "pad_token": "<pad>"}
+    present = {name: token for name, token in special.items() if tokenizer.token_to_id(token) is not None}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **present,
+        "eos_token": tokenizer.id_to_token(eos),
+        "model_max_length": model.config.max_position_embeddings,
+    }
+
+
+def sync(path: Path) -> None:
+    """Flush to disk, so that the rename cannot overtake the data."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

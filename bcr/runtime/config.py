@@ -1,0 +1,90 @@
+"""From a Hydra config to checked dataclasses, and from any bad input to one sentence and exit code 2.
+
+YAML files under `configs/` hold the defaults and their comments; a program's dataclass holds the types. Keys that the
+dataclass does not know, and values of the wrong type, are refused before anything starts.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Config = TypeVar("Config")
+Prepared = TypeVar("Prepared")
+
+BAD_INPUT = 2
+STOPPED = 1
+
+
+def config_folder() -> Path:
+    """`configs/`: inside the package when installed as a wheel, beside it in a checkout."""
+    inside = Path(__file__).parent.parent / "configs"
+    return inside if inside.is_dir() else inside.parent.parent / "configs"
+
+
+def launch(name: str, schema: type[Config], prepare: Callable[[Config], Prepared], run: Callable[[Prepared], None]) -> None:
+    """The main of a program: compose `configs/<name>.yaml` with the command line, check, then work.
+
+    `prepare` makes every check and builds what the run needs; a ValueError or OSError there is the user's to mend: one sentence on
+    stderr and exit code 2. `run` does the expensive part; an OSError there (a full disk, say) also ends in one sentence, exit code 1.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's errors reach us instead of its own printing and exit
+    prepared: list[Prepared] = []
+
+    def composed(config: DictConfig) -> None:
+        prepared.append(prepare(typed(config, schema)))
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(composed)()
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
+        fail(name, one_sentence(error), BAD_INPUT)
+    if not prepared:
+        return  # --help, --cfg and the like: Hydra has answered
+    try:
+        run(prepared[0])
+    except OSError as error:
+        fail(name, f"stopped: {error.strerror or error} ({error.filename or 'output'}).", STOPPED)
+    except KeyboardInterrupt:
+        fail(name, "interrupted.", 130)
+
+
+def typed(config: DictConfig, schema: type[Config]) -> Config:
+    """The config as an instance of `schema`; ValueError naming the key for unknown keys and wrong types."""
+    merged = OmegaConf.merge(OmegaConf.structured(schema), config)
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+def compose(name: str, overrides: list[str], schema: type[Config]) -> Config:
+    """The same from Python: for tests, the demo and the study."""
+    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+        return typed(hydra.compose(name, overrides), schema)
+
+
+def one_sentence(error: Exception) -> str:
+    """What is wrong, in one line, without Hydra's and OmegaConf's trailers."""
+    cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
+    if isinstance(cause, OSError) and cause.strerror:
+        return f"{cause.filename}: {cause.strerror}."
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
+    text = " ".join(kept)
+    return f"{key}: {text}" if key and key not in text else text
+
+
+def fail(program: str, sentence: str, code: int) -> NoReturn:
+    print(f"bcr.{program}: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """A dataclass config as plain containers, to be written beside a run's results."""
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]

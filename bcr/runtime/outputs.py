@@ -1,0 +1,84 @@
+"""What a run writes: metrics, timings and rollouts as JSON lines, and the same metrics to TensorBoard or W&B when asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from bcr.runtime.config import as_plain
+from bcr.runtime.schema import TrainConfig
+
+
+class RunFiles:
+    """The files of one output folder. `metrics.jsonl` is the same for the same seed; everything that a clock says goes to `timings.jsonl`.
+
+    A context manager. Every record is on its way to the disk when `write` returns; a full disk raises OSError there.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.folder = Path(config.output)
+        self.config = config
+        (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(as_plain(config))))
+        self.streams = {name: (self.folder / f"{name}.jsonl").open("w", encoding="utf-8") for name in ("metrics", "timings", "rollouts")}
+        self.trackers = trackers(config)
+
+    def __enter__(self) -> RunFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in self.streams.values():
+            stream.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def write(self, name: str, record: Mapping[str, Any]) -> None:
+        stream = self.streams[name]
+        stream.write(json.dumps(record) + "\n")
+        stream.flush()
+        if name != "rollouts":
+            for tracker in self.trackers:
+                tracker.log(record["step"], {key: value for key, value in record.items() if key != "step"})
+
+
+class TensorBoard:
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("logging.tensorboard is true, but tensorboard is not installed; pip install 'bcr[tracking]'.") from error
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    def __init__(self, project: str, folder: Path, config: dict[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("logging.wandb is set, but wandb is not installed; pip install 'bcr[tracking]'.") from error
+        self.run = wandb.init(project=project, dir=str(folder), config=config)
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def trackers(config: TrainConfig) -> list[TensorBoard | WandB]:
+    chosen: list[TensorBoard | WandB] = []
+    if config.logging.tensorboard:
+        chosen.append(TensorBoard(Path(config.output)))
+    if config.logging.wandb:
+        chosen.append(WandB(config.logging.wandb, Path(config.output), as_plain(config)))
+    return chosen

@@ -1,0 +1,105 @@
+"""The types of `configs/train.yaml` and `configs/evaluate.yaml`; the YAML files hold the defaults' meaning in comments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bcr.learner.advantages import AdvantageConfig
+from bcr.learner.losses import LossConfig
+from bcr.learner.step import OptimizerConfig
+
+
+@dataclass
+class RandomModel:
+    """Sizes of a Qwen3-shaped decoder with random weights, and of the tokenizer trained on the data's own text."""
+
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    max_position_embeddings: int = 2048
+
+
+@dataclass
+class ModelConfig:
+    path: str | None = None
+    random: RandomModel | None = None
+
+
+@dataclass
+class DataConfig:
+    kind: str = "arithmetic"
+    split: str = "train"
+    operations: list[int] = field(default_factory=lambda: [2, 3, 4])
+    path: str | None = None
+    question: str = "problem"
+    answer: str = "answer"
+
+
+@dataclass
+class BundleConfig:
+    sizes: dict[int, float] = field(default_factory=lambda: {3: 1.0})
+    budget: int | None = None
+    budget_per_problem: int | None = None
+    per_step: int = 12
+    group: int = 8
+
+
+@dataclass
+class SamplingConfig:
+    temperature: float = 1.0
+    max_batch: int = 256
+    row_block: int = 32
+    cache_mb: int = 2048
+
+
+@dataclass
+class GradingConfig:
+    workers: int = 2
+    deadline_s: float = 5.0
+    memory_mb: int = 1024
+
+
+@dataclass
+class LoggingConfig:
+    rollouts: int = 2
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+@dataclass
+class TrainConfig:
+    output: str = "outputs/train"
+    seed: int = 0
+    steps: int = 60
+    device: str = "auto"
+    threads: int | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    bundles: BundleConfig = field(default_factory=BundleConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    grading: GradingConfig = field(default_factory=GradingConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint_every: int | None = None
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    output: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    problems: int = 600
+    sizes: list[int] = field(default_factory=lambda: [1, 2, 3])
+    budgets: list[int] = field(default_factory=list)
+    budgets_per_problem: list[int] = field(default_factory=list)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    grading: GradingConfig = field(default_factory=GradingConfig)

@@ -1,0 +1,53 @@
+"""From a sampled completion to its segments and one verdict for each problem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from bcr.records import Bundle, Rollout, Segment, Verdict
+from bcr.tasks.dialect import Dialect
+
+
+class Grader(Protocol):
+    def grade(self, pairs: Sequence[tuple[str, str | None]]) -> list[Verdict]:
+        """Verdicts for (gold, answer) pairs, in order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A rollout with what became of each of its problems."""
+
+    bundle: Bundle
+    rollout: Rollout
+    segments: tuple[Segment, ...]
+    verdicts: tuple[Verdict, ...]
+    checks: int
+
+    @property
+    def rewards(self) -> list[float]:
+        """1 for a correct answer, 0 for everything else: nothing but accuracy (the length is never looked at)."""
+        return [float(verdict is Verdict.CORRECT) for verdict in self.verdicts]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.rewards) / len(self.verdicts)
+
+
+def judge(bundles: Sequence[Bundle], groups: Sequence[Sequence[Rollout]], dialect: Dialect, grader: Grader) -> list[list[Judged]]:
+    """Judge the rollouts of every bundle; all answers go to the grader in one call."""
+    owned = [(bundle, rollout) for bundle, group in zip(bundles, groups, strict=True) for rollout in group]
+    readings = [dialect.read(rollout.token_ids, rollout.finish, len(bundle.problems)) for bundle, rollout in owned]
+    pairs = [
+        (problem.answer, answer)
+        for (bundle, _), reading in zip(owned, readings, strict=True)
+        for problem, answer in zip(bundle.problems, reading.answers, strict=True)
+    ]
+    verdicts = iter(grader.grade(pairs))
+    judged = iter(
+        Judged(bundle, rollout, reading.segments, tuple(next(verdicts) for _ in bundle.problems), dialect.count_checks(rollout.token_ids))
+        for (bundle, rollout), reading in zip(owned, readings, strict=True)
+    )
+    return [[next(judged) for _ in group] for group in groups]

@@ -1,0 +1,148 @@
+"""`python -m bcr.train [key=value ...]`: Batched Contextual Reinforcement, the whole loop on one screen.
+
+bundles -> rollouts -> verdicts -> advantages -> packs -> one optimizer step -> the sampler has the new weights, for it never had others.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bcr.analysis.measures import summarise
+from bcr.analysis.transcripts import telling_rollouts
+from bcr.assemble import Task, assemble
+from bcr.learner.credit import make_examples
+from bcr.learner.losses import Denominators
+from bcr.learner.packs import Example, make_pack, pack_examples
+from bcr.learner.step import optimizer_step
+from bcr.runtime.checkpoint import save_checkpoint
+from bcr.runtime.clock import Clock
+from bcr.runtime.config import as_plain, launch
+from bcr.runtime.console import TrainingConsole
+from bcr.runtime.host import choose_device, settle_in
+from bcr.runtime.model_card import model_card
+from bcr.runtime.outputs import RunFiles
+from bcr.runtime.schema import TrainConfig
+from bcr.sampler import Sampler, SamplingParams
+from bcr.tasks.bundles import Budget, BundleStream, as_request
+from bcr.tasks.grader_pool import GraderPool
+from bcr.tasks.judging import Judged, judge
+
+
+@dataclass
+class Run:
+    """A config that has passed every check, and what it was turned into."""
+
+    config: TrainConfig
+    task: Task
+    bundles: BundleStream
+    params: SamplingParams
+    device: torch.device
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Check everything and load the model. Raises ValueError, with one sentence, before anything expensive starts."""
+    for section in (config.advantage, config.loss, config.optimizer):
+        section.check()
+    positive = {"steps": config.steps, "bundles.per_step": config.bundles.per_step, "checkpoint_every": config.checkpoint_every}
+    for name, value in positive.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
+    if config.bundles.group < 2:
+        raise ValueError(f"bundles.group is {config.bundles.group}; a group needs 2 rollouts or more to be compared.")
+    if not config.sampling.temperature > 0:
+        raise ValueError(f"sampling.temperature is {config.sampling.temperature}; training samples need a positive one.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"torchrun started {os.environ['WORLD_SIZE']} processes; training runs on one (--nproc_per_node=1).")
+    device = choose_device(config.device)
+    settle_in(config.threads)
+    budget = Budget(config.bundles.budget, config.bundles.budget_per_problem)
+    task = assemble(config.model, config.data, config.seed, device)
+    bundles = BundleStream(task.problems, task.dialect, config.bundles.sizes, budget, config.seed)
+    longest = max(budget.tokens(size) for size in config.bundles.sizes)
+    context = task.model.config.max_position_embeddings
+    if longest >= context:
+        raise ValueError(f"bundles.budget allows {longest} new tokens (max_new_tokens); the model's context is {context}, prompt included.")
+    params = SamplingParams(config.sampling.temperature, config.bundles.group, task.dialect.stop_token_ids, config.seed)
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    return Run(config, task, bundles, params, device)
+
+
+def train(run: Run) -> None:
+    """The loop. Everything it learns from is sampled in the same step (on-policy)."""
+    config, model, dialect = run.config, run.task.model, run.task.dialect
+    settings = config.sampling
+    sampler = Sampler(model, max_batch=settings.max_batch, row_block=settings.row_block, cache_mb=settings.cache_mb)
+    optimizer = config.optimizer.build(model)
+    pool = GraderPool(config.grading.workers, config.grading.deadline_s, config.grading.memory_mb)
+    clock = Clock()
+    with pool, RunFiles(config) as files, TrainingConsole(config.steps, title(config)) as console:
+        for step in range(config.steps):
+            with clock("sampling"):
+                bundles = run.bundles.take(config.bundles.per_step)
+                groups = sampler.generate([as_request(bundle) for bundle in bundles], run.params)
+            with clock("grading"):
+                judged = judge(bundles, groups, dialect, pool)
+                examples = make_examples(judged, config.advantage)
+            with clock("learning"):
+                total = Denominators.of(example.segments for example in examples)
+                live = [example for example in examples if example.has_signal]
+                packs = (make_pack(pack, config.loss, total, run.device) for pack in pack_examples(live, config.optimizer.pack_tokens))
+                sums = optimizer_step(
+                    model,
+                    optimizer,
+                    packs,
+                    config.loss.rule(),
+                    temperature=settings.temperature,
+                    lr=config.optimizer.rate(step),
+                    grad_clip=config.optimizer.grad_clip,
+                )
+                sampler.on_weights_changed()
+            flat = [rollout for group in judged for rollout in group]
+            metrics = step_metrics(flat, live, len(examples), sums)
+            files.write("metrics", {"step": step + 1, **metrics})
+            files.write("timings", {"step": step + 1, **clock.seconds})
+            for record in telling_rollouts(judged, examples, dialect, config.logging.rollouts):
+                files.write("rollouts", {"step": step + 1, **record})
+            console.step(step + 1, {**metrics, **clock.seconds})
+            last = step + 1 == config.steps
+            if last or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
+                folder = Path(config.output) / "checkpoints" / f"step-{step + 1:06d}"
+                command = shlex.join(["python", "-m", "bcr.train", *sys.argv[1:]])
+                card = model_card(f"{title(config)}, step {step + 1}", command, metrics, as_plain(config))
+                save_checkpoint(model, dialect.tokenizer, dialect.stop_token_ids, folder, card)
+    print(f"checkpoint: {folder}")
+
+
+def step_metrics(judged: Sequence[Judged], live: Sequence[Example], total: int, sums: Mapping[str, float]) -> dict[str, float]:
+    """What a step's line in metrics.jsonl says: the measures of its rollouts and of its update. A pure function of the run's seed."""
+    tokens = max(1.0, sums.get("tokens", 0.0))
+    return {
+        **summarise(judged),
+        "without_signal": 1 - len(live) / total,
+        "loss": sums.get("loss_sum", 0.0),
+        "grad_norm": sums["grad_norm"],
+        "updated": sums["updated"],
+        "clipped": (sums.get("clipped_low", 0.0) + sums.get("clipped_high", 0.0)) / tokens,
+        "dlogprob_mean": sums.get("mismatch_abs_sum", 0.0) / tokens,
+        "dlogprob_max": sums.get("max_mismatch_abs", 0.0),
+        "dlogprob_tokens": sums.get("tokens", 0.0),
+        "mismatch_kl": sums.get("mismatch_kl_sum", 0.0) / tokens,
+    }
+
+
+def title(config: TrainConfig) -> str:
+    """One line that says what is trained how."""
+    sizes = ", ".join(str(size) for size in config.bundles.sizes)
+    budget = f"{config.bundles.budget} shared" if config.bundles.budget else f"{config.bundles.budget_per_problem} a problem"
+    return f"BCR: N = {sizes}, budget {budget}, {config.bundles.per_step} bundles x {config.bundles.group} rollouts, {config.advantage.scope} credit"
+
+
+if __name__ == "__main__":
+    launch("train", TrainConfig, prepare, train)
