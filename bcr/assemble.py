@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bcr.model import Decoder, DecoderConfig, load_pretrained
 from bcr.model.huggingface import read_config, resolve, stop_token_ids
+from bcr.records import Problem
 from bcr.runtime.schema import DataConfig, ModelConfig, RandomModel
 from bcr.tasks.arithmetic import ArithmeticDialect, ArithmeticProblems
-from bcr.tasks.bundles import Problems
+from bcr.tasks.bundles import Budget, Problems, longest_prompt
 from bcr.tasks.dialect import Dialect, MarkdownDialect
 from bcr.tasks.problems import ShuffledProblems, read_jsonl
 
@@ -26,7 +28,7 @@ class Task:
     model: Decoder
     dialect: Dialect
     problems: Problems
-    finite: list | None
+    finite: list[Problem] | None
 
 
 def assemble(model: ModelConfig, data: DataConfig, seed: int, device: torch.device) -> Task:
@@ -45,7 +47,8 @@ def assemble(model: ModelConfig, data: DataConfig, seed: int, device: torch.devi
         if finite is None:
             raise ValueError("model.random trains its tokenizer on the data's text: use it with data.kind=jsonl.")
         tokenizer = train_tokenizer([f"{problem.question}\n{problem.answer}" for problem in finite], model.random.vocab_size)
-        decoder, stops = random_decoder(model.random, tokenizer.get_vocab_size(), seed), [tokenizer.token_to_id("<eos>")]
+        vocabulary = tokenizer.get_vocab()
+        decoder, stops = random_decoder(model.random, len(vocabulary), seed), [vocabulary["<eos>"]]
     else:
         assert model.path is not None
         folder = model_folder(model.path)
@@ -55,8 +58,21 @@ def assemble(model: ModelConfig, data: DataConfig, seed: int, device: torch.devi
         if tokenizer.get_vocab_size() > config.vocab_size:
             raise ValueError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only {config.vocab_size}.")
         decoder = load_pretrained(folder)
-    dialect = ArithmeticDialect(tokenizer) if data.kind == "arithmetic" else MarkdownDialect(tokenizer, stops)
+    dialect: Dialect = ArithmeticDialect(tokenizer) if data.kind == "arithmetic" else MarkdownDialect(tokenizer, stops)
     return Task(decoder.to(device), dialect, problems, finite)
+
+
+def check_context(task: Task, sizes: Iterable[int], budget: Budget) -> None:
+    """Raise ValueError where the longest prompt and its budget cannot fit the model's context."""
+    context = task.model.config.max_position_embeddings
+    for size in sizes:
+        new = budget.tokens(size)
+        prompt = longest_prompt(task.finite or [task.problems[index] for index in range(64)], task.dialect, size)
+        if prompt + new > context:
+            raise ValueError(
+                f"N = {size} needs {prompt + new} positions ({prompt} for the longest prompt, and its budget of {new} new tokens, "
+                f"max_new_tokens); the model's context is {context}."
+            )
 
 
 def model_folder(path: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -117,13 +118,12 @@ def conclusions(base: dict[str, Any], bcr: dict[str, Any], sizes: Sequence[int])
     """What the figures show, and what they do not."""
     one = str(min(sizes))
     shorter = 1 - bcr[one]["tokens_per_problem"] / base[one]["tokens_per_problem"]
+    change = f"{abs(shorter):.0%} {'fewer' if shorter > 0 else 'more'} tokens"
     gain = bcr[one]["accuracy"] - base[one]["accuracy"]
     error = (bcr[one]["accuracy_se"] ** 2 + base[one]["accuracy_se"] ** 2) ** 0.5
-    said = [
-        f"At N = {one}: {abs(shorter):.0%} {'fewer' if shorter > 0 else 'more'} tokens, accuracy {gain:+.1%} (standard error {error:.1%})."
-    ]
+    said = [f"At N = {one}: {change}, accuracy {gain:+.1%} (standard error {error:.1%})."]
     tokens = [bcr[str(size)]["tokens_per_problem"] for size in sizes]
-    if not all(later < earlier for earlier, later in zip(tokens, tokens[1:], strict=False)):
+    if not all(later < earlier for earlier, later in itertools.pairwise(tokens)):
         said.append(f"Not shown: tokens per problem do not fall steadily with N after this run ({', '.join(f'{t:.1f}' for t in tokens)}).")
     worse = [size for size in sizes if bcr[str(size)]["accuracy"] < base[str(size)]["accuracy"]]
     if worse:

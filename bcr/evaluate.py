@@ -13,13 +13,13 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bcr.analysis.measures import summarise
-from bcr.assemble import Task, assemble
+from bcr.assemble import Task, assemble, check_context
 from bcr.records import Problem
 from bcr.runtime.config import as_plain, launch
 from bcr.runtime.host import choose_device, settle_in
 from bcr.runtime.schema import EvaluateConfig
 from bcr.sampler import Sampler, SamplingParams
-from bcr.tasks.bundles import Budget, as_request, check_sizes, consecutive_bundles
+from bcr.tasks.bundles import Budget, as_request, check_sizes, consecutive_bundles, mixture
 from bcr.tasks.dialect import Dialect
 from bcr.tasks.grader_pool import GraderPool
 from bcr.tasks.judging import Grader, Judged, judge
@@ -45,12 +45,9 @@ def prepare(config: EvaluateConfig) -> Evaluation:
         raise ValueError("sizes, budgets and budgets_per_problem: there must be at least one N and one budget.")
     settle_in(config.threads)
     task = assemble(config.model, config.data, config.seed, choose_device(config.device))
-    context = task.model.config.max_position_embeddings
     for budget in budgets:
-        check_sizes(dict.fromkeys(config.sizes, 1.0), budget, task.dialect.max_problems)
-        longest = max(budget.tokens(size) for size in config.sizes)
-        if longest >= context:
-            raise ValueError(f"a budget allows {longest} new tokens (max_new_tokens); the model's context is {context}, prompt included.")
+        check_sizes(mixture(config.sizes), budget, task.dialect.max_problems)
+        check_context(task, config.sizes, budget)
     problems = task.finite[: config.problems] if task.finite else [task.problems[index] for index in range(config.problems)]
     params = SamplingParams(config.sampling.temperature, 1, task.dialect.stop_token_ids, config.seed)
     if config.output:

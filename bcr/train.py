@@ -16,7 +16,7 @@ import torch
 
 from bcr.analysis.measures import summarise
 from bcr.analysis.transcripts import telling_rollouts
-from bcr.assemble import Task, assemble
+from bcr.assemble import Task, assemble, check_context
 from bcr.learner.credit import make_examples
 from bcr.learner.losses import Denominators
 from bcr.learner.packs import Example, make_pack, pack_examples
@@ -30,7 +30,7 @@ from bcr.runtime.model_card import model_card
 from bcr.runtime.outputs import RunFiles
 from bcr.runtime.schema import TrainConfig
 from bcr.sampler import Sampler, SamplingParams
-from bcr.tasks.bundles import Budget, BundleStream, as_request
+from bcr.tasks.bundles import Budget, BundleStream, as_request, mixture
 from bcr.tasks.grader_pool import GraderPool
 from bcr.tasks.judging import Judged, judge
 
@@ -64,11 +64,9 @@ def prepare(config: TrainConfig) -> Run:
     settle_in(config.threads)
     budget = Budget(config.bundles.budget, config.bundles.budget_per_problem)
     task = assemble(config.model, config.data, config.seed, device)
-    bundles = BundleStream(task.problems, task.dialect, config.bundles.sizes, budget, config.seed)
-    longest = max(budget.tokens(size) for size in config.bundles.sizes)
-    context = task.model.config.max_position_embeddings
-    if longest >= context:
-        raise ValueError(f"bundles.budget allows {longest} new tokens (max_new_tokens); the model's context is {context}, prompt included.")
+    sizes = mixture(config.bundles.sizes, config.bundles.shares)
+    bundles = BundleStream(task.problems, task.dialect, sizes, budget, config.seed)
+    check_context(task, sizes, budget)
     params = SamplingParams(config.sampling.temperature, config.bundles.group, task.dialect.stop_token_ids, config.seed)
     Path(config.output).mkdir(parents=True, exist_ok=True)
     return Run(config, task, bundles, params, device)
@@ -139,9 +137,11 @@ def step_metrics(judged: Sequence[Judged], live: Sequence[Example], total: int, 
 
 def title(config: TrainConfig) -> str:
     """One line that says what is trained how."""
-    sizes = ", ".join(str(size) for size in config.bundles.sizes)
+    what = "BCR" if max(config.bundles.sizes) > 1 else "GRPO"
+    sizes = ", ".join(map(str, config.bundles.sizes))
+    batch = f"{config.bundles.per_step} bundles x {config.bundles.group} rollouts"
     budget = f"{config.bundles.budget} shared" if config.bundles.budget else f"{config.bundles.budget_per_problem} a problem"
-    return f"BCR: N = {sizes}, budget {budget}, {config.bundles.per_step} bundles x {config.bundles.group} rollouts, {config.advantage.scope} credit"
+    return f"{what}: N = {sizes}, budget {budget}, {batch}, {config.advantage.scope} credit"
 
 
 if __name__ == "__main__":

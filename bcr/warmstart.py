@@ -27,8 +27,8 @@ from bcr.runtime.config import as_plain, launch
 from bcr.runtime.host import settle_in
 from bcr.runtime.model_card import model_card
 from bcr.sampler import Sampler, SamplingParams
-from bcr.tasks.arithmetic import MARKERS, VOCABULARY, ArithmeticDialect, ArithmeticProblems, build_tokenizer, teach
-from bcr.tasks.bundles import Budget, BundleStream
+from bcr.tasks.arithmetic import MARKERS, MAX_PROBLEMS, VOCABULARY, ArithmeticDialect, ArithmeticProblems, build_tokenizer, teach
+from bcr.tasks.bundles import Budget, BundleStream, check_sizes, mixture
 from bcr.tasks.grader_pool import GraderPool
 from bcr_kernels import linear_logprob
 
@@ -39,7 +39,7 @@ class ModelSizes:
     intermediate_size: int = 256
     num_hidden_layers: int = 3
     num_attention_heads: int = 4
-    num_key_value_heads: int = 4
+    num_key_value_heads: int = 2
     head_dim: int = 32
     max_position_embeddings: int = 1024
 
@@ -54,7 +54,8 @@ class Teacher:
 class Stage:
     steps: int = 300
     lr: float = 3e-3
-    sizes: dict[int, float] = field(default_factory=lambda: {1: 1.0})
+    sizes: list[int] = field(default_factory=lambda: [1])
+    shares: list[float] | None = None
 
 
 @dataclass
@@ -79,7 +80,7 @@ def prepare(config: WarmStartConfig) -> WarmStartConfig:
         raise ValueError("stages and tokens_per_step: there must be at least one stage and one token a step.")
     DecoderConfig(vocab_size=len(VOCABULARY), **vars(config.model))
     for stage in config.stages:
-        BundleStream(ArithmeticProblems("train"), ArithmeticDialect(build_tokenizer()), stage.sizes, Budget(per_problem=1))
+        check_sizes(mixture(stage.sizes, stage.shares), Budget(per_problem=1), MAX_PROBLEMS)
     Path(config.output).mkdir(parents=True, exist_ok=True)
     return config
 
@@ -88,11 +89,12 @@ def warm_start(config: WarmStartConfig) -> tuple[Decoder, list[float]]:
     """Train from random weights; returns the model and the loss [nats per response token] of every step."""
     dialect = ArithmeticDialect(build_tokenizer())
     model = Decoder(DecoderConfig(vocab_size=len(VOCABULARY), **vars(config.model))).init_weights(config.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=tuple(config.betas), weight_decay=config.weight_decay, fused=True)
+    betas = config.betas[0], config.betas[1]
+    optimizer = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=config.weight_decay, fused=True)
     losses: list[float] = []
     begun, total_steps = time.perf_counter(), sum(stage.steps for stage in config.stages)
     for number, stage in enumerate(config.stages):
-        examples = teacher_examples(dialect, stage.sizes, f"{config.seed}/{number}", config.teacher)
+        examples = teacher_examples(dialect, mixture(stage.sizes, stage.shares), f"{config.seed}/{number}", config.teacher)
         for step in range(stage.steps):
             for group in optimizer.param_groups:
                 group["lr"] = stage.lr * schedule(step, stage.steps, config.warmup_steps)
@@ -137,7 +139,7 @@ def teacher_examples(
 
 def mean_nll(model: Decoder, batch: list[tuple[list[int], list[int]]]) -> Tensor:
     """Mean negative log-likelihood of the response tokens, all examples in one packed forward pass."""
-    inputs, positions, targets, lengths = [], [], [], []
+    inputs, positions, targets, lengths = (list[int]() for _ in range(4))
     for prompt, response in batch:
         tokens = prompt + response
         inputs += tokens[:-1]

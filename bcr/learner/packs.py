@@ -70,8 +70,8 @@ def make_pack(
     dtype: torch.dtype = torch.float32,
 ) -> Pack:
     """Lay the examples end to end; `dtype` is that of the log-probs, weights and advantages."""
-    inputs, positions, targets, old_logprobs = [], [], [], []
-    segment_ids, sequence_ids, problem_ids, advantages = [], [], [], []
+    inputs, positions, targets, segment_ids, sequence_ids, problem_ids = (list[int]() for _ in range(6))
+    old_logprobs, advantages = list[float](), list[float]()
     problems_before = 0
     for sequence, example in enumerate(examples):
         silent = len(example.prompt_ids) - 1

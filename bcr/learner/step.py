@@ -68,7 +68,7 @@ def optimizer_step(
     lr: float,
     grad_clip: float,
 ) -> dict[str, float]:
-    """Accumulate the gradient over the packs, clip it, update. Without a pack, or with a non-finite gradient, the weights stay as they are."""
+    """Accumulate the gradient over the packs, clip it, update. Without a pack, or with a gradient that is not finite, nothing changes."""
     sums: dict[str, Tensor] = {}
     empty = True
     for pack in packs:

@@ -37,8 +37,8 @@ class PackedAttention:
         grouped = query.shape[1] != key.shape[1]
         pieces = []
         for ids, kept in self.plans:
-            padded = [x[ids].transpose(1, 2) for x in (query, key, value)]  # [rows, heads, longest, D]
-            out = F.scaled_dot_product_attention(*padded, is_causal=True, enable_gqa=grouped).transpose(1, 2).flatten(0, 1)
+            q, k, v = (x[ids].transpose(1, 2) for x in (query, key, value))  # [rows, heads, longest, D]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2).flatten(0, 1)
             pieces.append(out if kept is None else out[kept])
         together = torch.cat(pieces)
         return together if self.back is None else together[self.back]

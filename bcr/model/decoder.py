@@ -124,11 +124,13 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+        query_heads, key_heads, _ = self.heads
         qkv = self.qkv_proj(hidden).view(hidden.shape[0], sum(self.heads), self.head_dim)
-        query, key, value = qkv.split(self.heads, dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, rotation), rotate(key, rotation)
+        query_key, value = qkv.split((query_heads + key_heads, key_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:  # queries and keys in one go: they differ in the weight alone
+            weight = torch.cat([self.q_norm.weight.expand(query_heads, -1), self.k_norm.weight.expand(key_heads, -1)])
+            query_key = self.q_norm.unweighted(query_key) * weight
+        query, key = rotate(query_key, rotation).split((query_heads, key_heads), dim=1)
         return self.o_proj(attention(self.index, query, key, value).flatten(1))
 
 
@@ -153,12 +155,18 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
+    def unweighted(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype) * self.weight
+        return self.unweighted(x) * self.weight
 
 
 class Rotary(nn.Module):
-    """cos and sin [T,1,D] of the angles position * theta^(-2i/D), the two halves of D rotated against each other (RoFormer, NeoX layout)."""
+    """cos and sin [T,1,D] of the angles position * theta^(-2i/D), the two halves of D rotated against each other (RoFormer, NeoX layout).
+
+    The sine of the left half carries the minus sign of the rotation.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -169,8 +177,10 @@ class Rotary(nn.Module):
         if self.table is None or self.table[0].device != position_ids.device:
             exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu") / self.head_dim
             angles = torch.outer(torch.arange(self.positions, dtype=torch.float64), self.theta**-exponent)
-            angles = torch.cat([angles, angles], dim=-1)[:, None, :].to(position_ids.device)
-            self.table = (angles.cos().float(), angles.sin().float())
+            cos, sin = angles.cos(), angles.sin()
+            both = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+            self.table = tuple(half[:, None, :].float().to(position_ids.device) for half in both)  # type: ignore[assignment]
+            assert self.table is not None
         cos, sin = self.table
         return cos[position_ids], sin[position_ids]
 
@@ -179,4 +189,4 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate x[T,heads,D] by the angles of its tokens."""
     cos, sin = rotation
     left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-right, left], dim=-1) * sin).to(x.dtype)
+    return (x * cos + torch.cat([right, left], dim=-1) * sin).to(x.dtype)

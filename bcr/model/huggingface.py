@@ -67,7 +67,7 @@ def load_pretrained(path_or_repo: str | Path, *, dtype: torch.dtype = torch.floa
 def save_pretrained(
     model: Decoder, folder: str | Path, *, eos_token_id: int | list[int] | None = None, bos_token_id: int | None = None
 ) -> None:
-    """Write config.json, generation_config.json and model.safetensors into `folder` (made if missing)."""
+    """Write config.json, generation_config.json and model.safetensors into `folder` (made if missing). OSError if the disk is full."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
@@ -80,7 +80,10 @@ def save_pretrained(
     write_json(folder / "config.json", {**described, "rope_theta": config.rope_theta, "rope_parameters": rope, **special})
     write_json(folder / "generation_config.json", special)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in unfuse(model.state_dict(), config).items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder / 'model.safetensors'} could not be written ({error})") from error
 
 
 def resolve(path_or_repo: str | Path) -> Path:

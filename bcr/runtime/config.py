@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 Config = TypeVar("Config")
 Prepared = TypeVar("Prepared")
@@ -37,21 +37,19 @@ def launch(name: str, schema: type[Config], prepare: Callable[[Config], Prepared
     stderr and exit code 2. `run` does the expensive part; an OSError there (a full disk, say) also ends in one sentence, exit code 1.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's errors reach us instead of its own printing and exit
-    prepared: list[Prepared] = []
-
-    def composed(config: DictConfig) -> None:
-        prepared.append(prepare(typed(config, schema)))
-
+    composed: list[DictConfig] = []
+    main = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(composed.append)
     try:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(composed)()
+        main()
+        if not composed:
+            return  # --help, --cfg and the like: Hydra has answered
+        prepared = prepare(typed(composed[0], schema))
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         fail(name, one_sentence(error), BAD_INPUT)
-    if not prepared:
-        return  # --help, --cfg and the like: Hydra has answered
     try:
-        run(prepared[0])
+        run(prepared)
     except OSError as error:
-        fail(name, f"stopped: {error.strerror or error} ({error.filename or 'output'}).", STOPPED)
+        fail(name, f"stopped: {one_sentence(error)} What was written before stands, the last checkpoint too.", STOPPED)
     except KeyboardInterrupt:
         fail(name, "interrupted.", 130)
 
@@ -71,11 +69,13 @@ def compose(name: str, overrides: list[str], schema: type[Config]) -> Config:
 def one_sentence(error: Exception) -> str:
     """What is wrong, in one line, without Hydra's and OmegaConf's trailers."""
     cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
-    if isinstance(cause, OSError) and cause.strerror:
-        return f"{cause.filename}: {cause.strerror}."
+    if isinstance(cause, OSError):
+        return f"{cause.filename or 'output'}: {cause.strerror}." if cause.strerror else f"{cause}."
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+        return f"{key} is no key of this config; --cfg job prints all there are."
     text = " ".join(kept)
     return f"{key}: {text}" if key and key not in text else text
 

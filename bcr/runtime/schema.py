@@ -41,7 +41,8 @@ class DataConfig:
 
 @dataclass
 class BundleConfig:
-    sizes: dict[int, float] = field(default_factory=lambda: {3: 1.0})
+    sizes: list[int] = field(default_factory=lambda: [3])
+    shares: list[float] | None = None
     budget: int | None = None
     budget_per_problem: int | None = None
     per_step: int = 12

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bcr.model import Decoder, DecoderConfig
 
-ALIGN = 64  # attention reads a multiple of this many places, so that a row's sums do not depend on its neighbours' lengths
+ALIGN = 16  # attention reads a multiple of this many places, so that a row's sums do not depend on its neighbours' lengths
 
 
 class KVCache:

@@ -63,7 +63,7 @@ MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def keyed_uniform(keys: Tensor, positions: Tensor) -> Tensor:
-    """Uniform float64 in [0,1) for each (key, position): the splitmix64 finaliser (Steele, Lea, Flood 2014) in wrapping int64 arithmetic."""
+    """Uniform float64 in [0,1) for each (key, position): splitmix64 (Steele, Lea, Flood 2014) in wrapping int64 arithmetic."""
     x = keys + (positions + 1) * GOLDEN
     x = (x ^ shift_right(x, 30)) * MIX_1
     x = (x ^ shift_right(x, 27)) * MIX_2

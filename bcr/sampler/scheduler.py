@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class Slots:
     def rollout(self, slot: int, stop_token_ids: Sequence[int], policy_version: int) -> Rollout:
         length = int(self.generated[slot])
         tokens = self.tokens[slot, :length].tolist()
-        finish = "stop" if tokens[-1] in stop_token_ids else "length"
+        finish: Literal["stop", "length"] = "stop" if tokens[-1] in stop_token_ids else "length"
         return Rollout(self.owners[slot][0].request.id, tokens, self.logprobs[slot, :length].tolist(), finish, policy_version)
 
     def leave(self, finished: list[int]) -> tuple[Tensor, Tensor]:

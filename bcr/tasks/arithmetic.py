@@ -130,7 +130,7 @@ class ArithmeticDialect:
         self.tokenizer = tokenizer
         self.ids = vocabulary
         self.words = {index: word for word, index in vocabulary.items()}
-        self.stop_token_ids = (vocabulary["<eos>"],)
+        self.stop_token_ids: tuple[int, ...] = (vocabulary["<eos>"],)
 
     def prompt_ids(self, problems: Sequence[Problem]) -> list[int]:
         asked = [word for marker, problem in zip(MARKERS, problems, strict=False) for word in (marker, *problem.question.split())]

@@ -34,15 +34,28 @@ class Budget:
         return self.total if self.total is not None else num_problems * (self.per_problem or 0)
 
 
+def mixture(sizes: Sequence[int], shares: Sequence[float] | None = None) -> dict[int, float]:
+    """N -> share; equal shares where none are given.
+
+    >>> mixture([1, 3])
+    {1: 1.0, 3: 1.0}
+    """
+    if len(set(sizes)) != len(sizes):
+        raise ValueError(f"bundles.sizes is {list(sizes)}; name every N once and use bundles.shares to weigh them.")
+    if shares is not None and len(shares) != len(sizes):
+        raise ValueError(f"bundles.shares has {len(shares)} numbers for the {len(sizes)} of bundles.sizes; give one for each.")
+    return dict(zip(sizes, shares or [1.0] * len(sizes), strict=True))
+
+
 def check_sizes(sizes: Mapping[int, float], budget: Budget, max_problems: int) -> None:
     """Raise ValueError for a mixture that cannot be trained: no sizes, N < 1, N beyond the dialect, a budget under one token a problem."""
     if not sizes:
-        raise ValueError("bundles.sizes is empty; name at least one N, such as {3: 1.0}.")
+        raise ValueError("bundles.sizes is empty; name at least one N, such as [3].")
     for size, share in sizes.items():
         if not 1 <= size <= max_problems:
             raise ValueError(f"bundles.sizes has N = {size}; this dialect can put 1 to {max_problems} problems in one prompt.")
         if not share > 0:
-            raise ValueError(f"bundles.sizes gives N = {size} the share {share}; shares must be positive.")
+            raise ValueError(f"bundles.shares gives N = {size} the share {share}; shares must be positive.")
         if budget.tokens(size) < size:
             raise ValueError(f"bundles.budget is {budget.tokens(size)} tokens for N = {size} problems, less than one token for each.")
 
@@ -94,3 +107,9 @@ def consecutive_bundles(problems: Sequence[Problem], size: int, dialect: Dialect
 def as_request(bundle: Bundle) -> Request:
     """What the sampler is asked for a bundle: its prompt and its whole budget, under the bundle's id."""
     return Request(bundle.id, bundle.prompt_ids, bundle.budget)
+
+
+def longest_prompt(problems: Sequence[Problem], dialect: Dialect, size: int) -> int:
+    """Tokens of the prompt that holds the `size` longest questions: no bundle of these problems has more, but for a token or two."""
+    longest = sorted(problems, key=lambda problem: len(problem.question), reverse=True)[:size]
+    return len(dialect.prompt_ids(longest))

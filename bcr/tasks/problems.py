@@ -47,7 +47,7 @@ def read_jsonl(path: str | Path, question: str = "problem", answer: str = "answe
 
 
 class ShuffledProblems:
-    """A finite list as an endless source: epoch after epoch, each in an order keyed by (seed, epoch). A cursor is all the state there is."""
+    """A finite list as an endless source: epoch after epoch, each in an order keyed by (seed, epoch). A cursor is all its state."""
 
     def __init__(self, problems: list[Problem], seed: int = 0) -> None:
         self.problems, self.seed = problems, seed
