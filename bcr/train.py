@@ -27,7 +27,7 @@ from bcr.runtime.config import as_plain, launch
 from bcr.runtime.console import TrainingConsole
 from bcr.runtime.host import choose_device, settle_in
 from bcr.runtime.model_card import model_card
-from bcr.runtime.outputs import RunFiles
+from bcr.runtime.outputs import RunFiles, check_trackers
 from bcr.runtime.schema import TrainConfig
 from bcr.sampler import Sampler, SamplingParams
 from bcr.tasks.bundles import Budget, BundleStream, as_request, mixture
@@ -60,6 +60,7 @@ def prepare(config: TrainConfig) -> Run:
         raise ValueError(f"sampling.temperature is {config.sampling.temperature}; training samples need a positive one.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"torchrun started {os.environ['WORLD_SIZE']} processes; training runs on one (--nproc_per_node=1).")
+    check_trackers(config)
     device = choose_device(config.device)
     settle_in(config.threads)
     budget = Budget(config.bundles.budget, config.bundles.budget_per_problem)

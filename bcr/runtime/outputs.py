@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,10 +47,8 @@ class RunFiles:
 
 class TensorBoard:
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("logging.tensorboard is true, but tensorboard is not installed; pip install 'bcr[tracking]'.") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -62,10 +61,8 @@ class TensorBoard:
 
 class WandB:
     def __init__(self, project: str, folder: Path, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError("logging.wandb is set, but wandb is not installed; pip install 'bcr[tracking]'.") from error
+        import wandb
+
         self.run = wandb.init(project=project, dir=str(folder), config=config)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -73,6 +70,13 @@ class WandB:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def check_trackers(config: TrainConfig) -> None:
+    """Raise ValueError for a tracker that is asked for and not installed."""
+    for asked, package in ((config.logging.tensorboard, "tensorboard"), (config.logging.wandb, "wandb")):
+        if asked and importlib.util.find_spec(package) is None:
+            raise ValueError(f"logging.{package} is set, but {package} is not installed; pip install 'bcr[tracking]'.")
 
 
 def trackers(config: TrainConfig) -> list[TensorBoard | WandB]:

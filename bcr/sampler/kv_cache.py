@@ -11,14 +11,14 @@ from torch import Tensor
 
 from bcr.model import Decoder, DecoderConfig
 
-ALIGN = 16  # attention reads a multiple of this many places, so that a row's sums do not depend on its neighbours' lengths
+ALIGN, SHORTEST = 16, 64  # attention reads a multiple of ALIGN places and never fewer than SHORTEST: see `runner.CachedAttention`
 
 
 class KVCache:
     """`keys[layer]`, `values[layer]`: [slots, K, capacity, D]. Unwritten places hold zeros: masked or not, they must be finite."""
 
     def __init__(self, config: DecoderConfig, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.slots, self.capacity = slots, round_up(capacity, ALIGN)
+        self.slots, self.capacity = slots, readable(capacity)
         shape = (slots, config.num_key_value_heads, self.capacity, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
@@ -26,7 +26,7 @@ class KVCache:
     @staticmethod
     def bytes_per_slot(model: Decoder, capacity: int) -> int:
         config = model.config
-        places = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * round_up(capacity, ALIGN)
+        places = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * readable(capacity)
         return 2 * places * model.embed_tokens.weight.element_size()
 
     def holds(self, slots: int, capacity: int) -> bool:
@@ -42,6 +42,11 @@ class KVCache:
         for layer, (key, value) in enumerate(prefix):
             self.keys[layer][slots, :, : key.shape[0]] = key.transpose(0, 1)
             self.values[layer][slots, :, : value.shape[0]] = value.transpose(0, 1)
+
+
+def readable(length: int) -> int:
+    """How many places attention reads to cover `length` of them."""
+    return max(SHORTEST, round_up(length, ALIGN))
 
 
 def round_up(number: int, multiple: int) -> int:

@@ -1,0 +1,62 @@
+"""Evaluation: a table and a JSON file, the same problems at every N, the same result twice."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bcr.evaluate import evaluate, prepare
+from bcr.runtime.config import compose
+from bcr.runtime.schema import EvaluateConfig
+
+FEW = ["device=cpu", "problems=24", "sizes=[1,3]", "budgets=[110]", "budgets_per_problem=[130]", "sampling.row_block=8"]
+
+
+def cells_of(*overrides: str) -> list[dict]:
+    return evaluate(prepare(compose("evaluate", [*FEW, *overrides], EvaluateConfig)))
+
+
+def test_every_cell_counts_every_problem_and_repeats_exactly():
+    cells = cells_of()
+    assert [(cell["n"], cell["budget"], cell["budget_per_problem"]) for cell in cells] == [(1, 110, None), (3, 110, None), (1, None, 130), (3, None, 130)]
+    assert all(cell["problems"] == 24 for cell in cells)
+    assert cells == cells_of("sampling.max_batch=8")
+
+
+def test_a_tight_shared_budget_costs_more_where_more_share_it():
+    one, three = cells_of("budgets=[60]", "budgets_per_problem=[]", "problems=60")
+    assert three["unanswered"] > one["unanswered"] + 0.2
+    assert three["accuracy"] < one["accuracy"]
+
+
+def test_problems_that_do_not_fill_the_last_bundle_are_asked_too():
+    (cell,) = cells_of("problems=10", "sizes=[4]", "budgets=[]")
+    assert cell["problems"] == 10
+
+
+@pytest.mark.parametrize(
+    ("override", "phrase"),
+    [
+        ("problems=0", "problems is 0"),
+        ("sizes=[]", "at least one N"),
+        ("sizes=[7]", "N = 7"),
+        ("budgets=[2]", "less than one token"),
+        ("budgets=[2000]", "context is 1024"),
+        ("data.split=test", "data.split is 'test'"),
+    ],
+)
+def test_bad_input_is_one_sentence(override, phrase):
+    with pytest.raises(ValueError, match=r"^[^\n]+\.$") as refusal:
+        prepare(compose("evaluate", [*FEW, override], EvaluateConfig))
+    assert phrase in str(refusal.value)
+
+
+def test_the_program_writes_a_table_and_json(tmp_path):
+    arguments = [*FEW, "problems=6", "sizes=[2]", "budgets=[]", f"output={tmp_path / 'deep' / 'result.json'}"]
+    done = subprocess.run([sys.executable, "-m", "bcr.evaluate", *arguments], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "deep" / "result.json").read_text())
+    assert result["cells"][0]["n"] == 2
+    assert result["config"]["problems"] == 6
+    assert f"{result['cells'][0]['accuracy']:.1%}" in done.stdout
