@@ -12,10 +12,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from bcr.model import Decoder, DecoderConfig, load_pretrained
 from bcr.model.huggingface import read_config, resolve, stop_token_ids
 from bcr.records import Problem
-from bcr.runtime.schema import DataConfig, ModelConfig, RandomModel
+from bcr.runtime.schema import DataConfig, GradingConfig, ModelConfig, RandomModel, SamplingConfig
+from bcr.sampler import Sampler
 from bcr.tasks.arithmetic import ArithmeticDialect, ArithmeticProblems
 from bcr.tasks.bundles import Budget, Problems, longest_prompt
 from bcr.tasks.dialect import Dialect, MarkdownDialect
+from bcr.tasks.grader_pool import GraderPool
 from bcr.tasks.problems import ShuffledProblems, read_jsonl
 
 BUILTIN = "builtin/"  # model.path=builtin/arithmetic-base: a checkpoint that ships with the package
@@ -73,6 +75,14 @@ def check_context(task: Task, sizes: Iterable[int], budget: Budget) -> None:
                 f"N = {size} needs {prompt + new} positions ({prompt} for the longest prompt, and its budget of {new} new tokens, "
                 f"max_new_tokens); the model's context is {context}."
             )
+
+
+def build_sampler(model: Decoder, settings: SamplingConfig) -> Sampler:
+    return Sampler(model, max_batch=settings.max_batch, row_block=settings.row_block, cache_mb=settings.cache_mb)
+
+
+def build_grader(settings: GradingConfig) -> GraderPool:
+    return GraderPool(settings.workers, settings.deadline_s, settings.memory_mb)
 
 
 def model_folder(path: str) -> Path:

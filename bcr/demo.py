@@ -19,7 +19,7 @@ from bcr.evaluate import evaluate_cell
 from bcr.records import Problem
 from bcr.runtime.config import compose, launch
 from bcr.runtime.schema import TrainConfig
-from bcr.sampler import Sampler, SamplingParams
+from bcr.sampler import SamplingParams
 from bcr.tasks.arithmetic import ArithmeticProblems
 from bcr.tasks.bundles import Budget
 from bcr.tasks.grader_pool import GraderPool
@@ -51,7 +51,7 @@ def prepare(config: DemoConfig) -> Demo:
     for name in ("steps", "problems", "roomy", "shared"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
-    overrides = [f"output={config.output}/train", f"seed={config.seed}", f"steps={config.steps}", "device=cpu"]
+    overrides = [f"output={config.output}/train", f"seed={config.seed}", f"steps={config.steps}", "device=cpu", "overwrite=true"]
     if config.threads is not None:
         overrides.append(f"threads={config.threads}")
     run = prepare_training(compose("train", overrides, TrainConfig))
@@ -63,12 +63,11 @@ def measure(demo: Demo, say: Callable[[str], None]) -> tuple[dict[str, Any], lis
     """Measures by N at a roomy budget, and accuracy by N under one fixed shared budget, on the same problems each time."""
     config, task = demo.config, demo.run.task
     params = SamplingParams(1.0, 1, task.dialect.stop_token_ids, config.seed)
-    sampler = Sampler(task.model)
     by_size: dict[str, Any] = {}
     with GraderPool(1) as pool:
 
         def cell(size: int, budget: Budget) -> dict[str, float]:
-            return summarise(evaluate_cell(sampler, task.dialect, pool, demo.problems, size, budget, params))
+            return summarise(evaluate_cell(demo.run.sampler, task.dialect, pool, demo.problems, size, budget, params))
 
         for size in config.sizes:
             by_size[str(size)] = cell(size, Budget(per_problem=config.roomy))

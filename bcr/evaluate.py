@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bcr.analysis.measures import summarise
-from bcr.assemble import Task, assemble, check_context
+from bcr.assemble import Task, assemble, build_grader, build_sampler, check_context
 from bcr.records import Problem
 from bcr.runtime.config import as_plain, launch
 from bcr.runtime.host import choose_device, settle_in
@@ -33,6 +33,8 @@ class Evaluation:
     task: Task
     problems: list[Problem]
     cells: list[tuple[int, Budget]]
+    sampler: Sampler
+    grader: GraderPool
     params: SamplingParams
 
 
@@ -52,7 +54,9 @@ def prepare(config: EvaluateConfig) -> Evaluation:
     params = SamplingParams(config.sampling.temperature, 1, task.dialect.stop_token_ids, config.seed)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    return Evaluation(config, task, problems, [(size, budget) for budget in budgets for size in config.sizes], params)
+    cells = [(size, budget) for budget in budgets for size in config.sizes]
+    sampler, grader = build_sampler(task.model, config.sampling), build_grader(config.grading)
+    return Evaluation(config, task, problems, cells, sampler, grader, params)
 
 
 def evaluate_cell(
@@ -73,19 +77,15 @@ def evaluate_cell(
 
 def evaluate(evaluation: Evaluation) -> list[dict[str, Any]]:
     """One record a cell: N, the budget and the measures of `bcr.analysis.measures.summarise`."""
-    config, task = evaluation.config, evaluation.task
-    settings = config.sampling
-    sampler = Sampler(task.model, max_batch=settings.max_batch, row_block=settings.row_block, cache_mb=settings.cache_mb)
-    cells = []
-    pool = GraderPool(config.grading.workers, config.grading.deadline_s, config.grading.memory_mb)
-    with pool, Progress(console=Console(stderr=True), transient=True) as progress:
+    task, cells = evaluation.task, []
+    with evaluation.grader as grader, Progress(console=Console(stderr=True), transient=True) as progress:
         for size, budget in evaluation.cells:
             bar = progress.add_task(f"N = {size}, budget {described(budget)}", total=None)
 
             def show(done: int, total: int, bar: Any = bar) -> None:
                 progress.update(bar, completed=done, total=total)
 
-            judged = evaluate_cell(sampler, task.dialect, pool, evaluation.problems, size, budget, evaluation.params, show)
+            judged = evaluate_cell(evaluation.sampler, task.dialect, grader, evaluation.problems, size, budget, evaluation.params, show)
             cells.append({"n": size, "budget": budget.total, "budget_per_problem": budget.per_problem, **summarise(judged)})
             progress.remove_task(bar)
     return cells

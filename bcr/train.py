@@ -6,8 +6,6 @@ bundles -> rollouts -> verdicts -> advantages -> packs -> one optimizer step -> 
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +14,18 @@ import torch
 
 from bcr.analysis.measures import summarise
 from bcr.analysis.transcripts import telling_rollouts
-from bcr.assemble import Task, assemble, check_context
+from bcr.assemble import Task, assemble, build_grader, build_sampler, check_context
 from bcr.learner.credit import make_examples
 from bcr.learner.losses import Denominators
 from bcr.learner.packs import Example, make_pack, pack_examples
 from bcr.learner.step import optimizer_step
 from bcr.runtime.checkpoint import save_checkpoint
 from bcr.runtime.clock import Clock
-from bcr.runtime.config import as_plain, launch
+from bcr.runtime.config import as_plain, command_line, launch
 from bcr.runtime.console import TrainingConsole
 from bcr.runtime.host import choose_device, settle_in
 from bcr.runtime.model_card import model_card
-from bcr.runtime.outputs import RunFiles, check_trackers
+from bcr.runtime.outputs import RunFiles, check_trackers, make_room
 from bcr.runtime.schema import TrainConfig
 from bcr.sampler import Sampler, SamplingParams
 from bcr.tasks.bundles import Budget, BundleStream, as_request, mixture
@@ -42,6 +40,8 @@ class Run:
     config: TrainConfig
     task: Task
     bundles: BundleStream
+    sampler: Sampler
+    grader: GraderPool
     params: SamplingParams
     device: torch.device
 
@@ -69,25 +69,23 @@ def prepare(config: TrainConfig) -> Run:
     bundles = BundleStream(task.problems, task.dialect, sizes, budget, config.seed)
     check_context(task, sizes, budget)
     params = SamplingParams(config.sampling.temperature, config.bundles.group, task.dialect.stop_token_ids, config.seed)
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    return Run(config, task, bundles, params, device)
+    sampler, grader = build_sampler(task.model, config.sampling), build_grader(config.grading)
+    make_room(Path(config.output), config.overwrite)
+    return Run(config, task, bundles, sampler, grader, params, device)
 
 
 def train(run: Run) -> None:
     """The loop. Everything it learns from is sampled in the same step (on-policy)."""
     config, model, dialect = run.config, run.task.model, run.task.dialect
-    settings = config.sampling
-    sampler = Sampler(model, max_batch=settings.max_batch, row_block=settings.row_block, cache_mb=settings.cache_mb)
     optimizer = config.optimizer.build(model)
-    pool = GraderPool(config.grading.workers, config.grading.deadline_s, config.grading.memory_mb)
     clock = Clock()
-    with pool, RunFiles(config) as files, TrainingConsole(config.steps, title(config)) as console:
+    with run.grader, RunFiles(config) as files, TrainingConsole(config.steps, title(config)) as console:
         for step in range(config.steps):
             with clock("sampling"):
                 bundles = run.bundles.take(config.bundles.per_step)
-                groups = sampler.generate([as_request(bundle) for bundle in bundles], run.params)
+                groups = run.sampler.generate([as_request(bundle) for bundle in bundles], run.params)
             with clock("grading"):
-                judged = judge(bundles, groups, dialect, pool)
+                judged = judge(bundles, groups, dialect, run.grader)
                 examples = make_examples(judged, config.advantage)
             with clock("learning"):
                 total = Denominators.of(example.segments for example in examples)
@@ -98,11 +96,11 @@ def train(run: Run) -> None:
                     optimizer,
                     packs,
                     config.loss.rule(),
-                    temperature=settings.temperature,
+                    temperature=config.sampling.temperature,
                     lr=config.optimizer.rate(step),
                     grad_clip=config.optimizer.grad_clip,
                 )
-                sampler.on_weights_changed()
+                run.sampler.on_weights_changed()
             flat = [rollout for group in judged for rollout in group]
             metrics = step_metrics(flat, live, len(examples), sums)
             files.write("metrics", {"step": step + 1, **metrics})
@@ -113,8 +111,7 @@ def train(run: Run) -> None:
             last = step + 1 == config.steps
             if last or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
                 folder = Path(config.output) / "checkpoints" / f"step-{step + 1:06d}"
-                command = shlex.join(["python", "-m", "bcr.train", *sys.argv[1:]])
-                card = model_card(f"{title(config)}, step {step + 1}", command, metrics, as_plain(config))
+                card = model_card(f"{title(config)}, step {step + 1}", command_line("train"), metrics, as_plain(config))
                 save_checkpoint(model, dialect.tokenizer, dialect.stop_token_ids, folder, card)
     print(f"checkpoint: {folder}")
 

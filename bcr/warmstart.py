@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ from bcr.evaluate import evaluate_cell
 from bcr.model import Decoder, DecoderConfig
 from bcr.model.attention import PackedAttention
 from bcr.runtime.checkpoint import save_checkpoint
-from bcr.runtime.config import as_plain, launch
+from bcr.runtime.config import as_plain, command_line, launch
 from bcr.runtime.host import settle_in
 from bcr.runtime.model_card import model_card
 from bcr.sampler import Sampler, SamplingParams
@@ -169,8 +167,7 @@ def run(config: WarmStartConfig) -> None:
     model, losses = warm_start(config)
     dialect = ArithmeticDialect(build_tokenizer())
     figures = {"final loss [nats per response token]": sum(losses[-20:]) / len(losses[-20:]), **measure(model, dialect)}
-    command = shlex.join(["python", "-m", "bcr.warmstart", *sys.argv[1:]])
-    card = model_card("Arithmetic base: a verbose reasoner for the embedded world", command, figures, as_plain(config))
+    card = model_card("Arithmetic base: a verbose reasoner for the embedded world", command_line("warmstart"), figures, as_plain(config))
     folder = save_checkpoint(model, dialect.tokenizer, dialect.stop_token_ids, Path(config.output), card)
     print(f"saved to {folder}")
     for name, value in figures.items():

@@ -39,7 +39,8 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        for name in (*sizes, "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -148,7 +149,7 @@ class SwiGLU(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 whatever the dtype of x."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 (float64 where x is)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -156,7 +157,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def unweighted(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        wide = x if x.dtype == torch.float64 else x.float()
+        return F.rms_norm(wide, self.weight.shape, eps=self.eps).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.unweighted(x) * self.weight

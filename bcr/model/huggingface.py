@@ -49,17 +49,18 @@ def load_pretrained(path_or_repo: str | Path, *, dtype: torch.dtype = torch.floa
     config = read_config(folder)
     with torch.device("meta"):
         model = Decoder(config)
-    state = fuse(read_weights(folder), config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = read_weights(folder)
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    for name in expected.keys() | state.keys():
+    expected = {name.removeprefix("model."): tuple(tensor.shape) for name, tensor in unfuse(model.state_dict(), config).items()}
+    for name in sorted(expected.keys() | state.keys()):
         if name not in state:
             raise ValueError(f"{folder}: the weights lack the tensor {name!r} that config.json calls for.")
         if name not in expected:
             raise ValueError(f"{folder}: the weights hold the tensor {name!r}, for which this architecture has no place.")
         if tuple(state[name].shape) != expected[name]:
             raise ValueError(f"{folder}: {name!r} has shape {tuple(state[name].shape)}; config.json calls for {expected[name]}.")
+    state = fuse(state, config)
     model.load_state_dict({name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}, assign=True)
     return model.requires_grad_(True)
 
@@ -110,6 +111,14 @@ def read_config(folder: Path) -> DecoderConfig:
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"{folder}: RoPE scaling {rope.get('rope_type', rope.get('type'))!r} is not supported; only plain RoPE is.")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{folder}: hidden_act is {raw['hidden_act']!r}; only 'silu' is supported.")
+    if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or []):
+        raise ValueError(f"{folder}: config.json asks for sliding-window attention, which is not supported.")
+    optional = ("num_key_value_heads", "head_dim", "tie_word_embeddings")
+    lacking = [name for name in SHARED_FIELDS if name not in optional and raw.get(name) is None]
+    if lacking:
+        raise ValueError(f"{folder}: config.json does not say {', '.join(lacking)}.")
     heads = raw["num_attention_heads"]
     defaults = {"num_key_value_heads": heads, "head_dim": raw["hidden_size"] // heads, "tie_word_embeddings": False}
     fields = {name: raw[name] if raw.get(name) is not None else defaults[name] for name in SHARED_FIELDS}
@@ -142,16 +151,15 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def fuse(state: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
-    """Hugging Face names to ours: q, k, v and gate, up are laid one under the other."""
+    """Hugging Face names to ours, of a complete state: q, k, v and gate, up are laid one under the other."""
     fused = dict(state)
     for layer in range(config.num_hidden_layers):
         for ours, theirs in FUSED.items():
             for kind in ("weight", "bias"):
                 room = "self_attn" if ours == "qkv_proj" else "mlp"
-                parts = [fused.pop(f"layers.{layer}.{room}.{name}.{kind}", None) for name in theirs]
-                present = [part for part in parts if part is not None]
-                if len(present) == len(theirs):
-                    fused[f"layers.{layer}.{room}.{ours}.{kind}"] = torch.cat(present)
+                names = [f"layers.{layer}.{room}.{name}.{kind}" for name in theirs]
+                if names[0] in fused:
+                    fused[f"layers.{layer}.{room}.{ours}.{kind}"] = torch.cat([fused.pop(name) for name in names])
     return fused
 
 

@@ -7,6 +7,7 @@ dataclass does not know, and values of the wrong type, are refused before anythi
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,12 @@ def launch(name: str, schema: type[Config], prepare: Callable[[Config], Prepared
         fail(name, f"stopped: {one_sentence(error)} What was written before stands, the last checkpoint too.", STOPPED)
     except KeyboardInterrupt:
         fail(name, "interrupted.", 130)
+
+
+def command_line(program: str) -> str:
+    """The command that started this process, if it was that program; else the program's name alone (the config says the rest)."""
+    ours = Path(sys.argv[0]).name == f"{program}.py"
+    return shlex.join(["python", "-m", f"bcr.{program}", *(sys.argv[1:] if ours else [])])
 
 
 def typed(config: DictConfig, schema: type[Config]) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from omegaconf import OmegaConf
 
 from bcr.runtime.config import as_plain
 from bcr.runtime.schema import TrainConfig
+
+STREAMS = ("metrics", "timings", "rollouts")
 
 
 class RunFiles:
@@ -24,7 +27,7 @@ class RunFiles:
         self.folder = Path(config.output)
         self.config = config
         (self.folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(as_plain(config))))
-        self.streams = {name: (self.folder / f"{name}.jsonl").open("w", encoding="utf-8") for name in ("metrics", "timings", "rollouts")}
+        self.streams = {name: (self.folder / f"{name}.jsonl").open("w", encoding="utf-8") for name in STREAMS}
         self.trackers = trackers(config)
 
     def __enter__(self) -> RunFiles:
@@ -43,6 +46,17 @@ class RunFiles:
         if name != "rollouts":
             for tracker in self.trackers:
                 tracker.log(record["step"], {key: value for key, value in record.items() if key != "step"})
+
+
+def make_room(folder: Path, overwrite: bool) -> None:
+    """Make the output folder; ValueError if it holds an earlier run, which `overwrite` removes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = [folder / name for name in (*(f"{stream}.jsonl" for stream in STREAMS), "config.yaml", "checkpoints", "tensorboard")]
+    found = [path for path in earlier if path.exists()]
+    if found and not overwrite:
+        raise ValueError(f"output {str(folder)!r} holds an earlier run; name another folder, or set overwrite=true to replace it.")
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class TensorBoard:

@@ -74,6 +74,7 @@ class LoggingConfig:
 @dataclass
 class TrainConfig:
     output: str = "outputs/train"
+    overwrite: bool = False
     seed: int = 0
     steps: int = 60
     device: str = "auto"

@@ -49,8 +49,8 @@ class CachedAttention:
     """One query for each slot over what is cached there, the new token included.
 
     Written out as two batched products and a softmax: the fused CPU kernel gives a row other last bits on another thread. Places beyond a
-    row's own length weigh exactly 0, so a row's sums do not see its neighbours' lengths, as long as the products take the same path: they do
-    from SHORTEST places on, in multiples of ALIGN, and up to SPAN places at a time where the sum runs over the context.
+    row's own length weigh exactly 0, so a row's sums do not see its neighbours' lengths as long as the products take the same path. They
+    do from SHORTEST places on, in multiples of ALIGN, and up to SPAN places at a time where the sum runs over the context.
     """
 
     def __init__(self, cache: KVCache, slots: slice, positions: Tensor) -> None:

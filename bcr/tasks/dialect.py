@@ -152,12 +152,19 @@ def closing_brace(text: str, start: int) -> int | None:
 def spell(tokenizer: Tokenizer, token_ids: Sequence[int]) -> tuple[str, list[int]]:
     """The text of the tokens, and for each token the index of its first character.
 
-    A character spread over several tokens begins where the last of them lies, for only there can it be read.
+    A character spread over several tokens begins where the last of them lies, for only there can it be read. Where bytes that are no
+    UTF-8 make the decoder take back what it has already said (vocabularies with byte fallback), these bytes are left out.
     """
     stream, text, starts = DecodeStream(skip_special_tokens=False), [], []
     length = 0
     for token in token_ids:
-        piece = stream.step(tokenizer, token) or ""
+        try:
+            piece = stream.step(tokenizer, token) or ""
+        except Exception as error:  # the class that the library raises
+            if "Invalid prefix" not in str(error):
+                raise
+            stream = DecodeStream(skip_special_tokens=False)
+            piece = stream.step(tokenizer, token) or ""
         starts.append(length)
         text.append(piece)
         length += len(piece)

@@ -19,7 +19,12 @@ def cells_of(*overrides: str) -> list[dict]:
 
 def test_every_cell_counts_every_problem_and_repeats_exactly():
     cells = cells_of()
-    assert [(cell["n"], cell["budget"], cell["budget_per_problem"]) for cell in cells] == [(1, 110, None), (3, 110, None), (1, None, 130), (3, None, 130)]
+    assert [(cell["n"], cell["budget"], cell["budget_per_problem"]) for cell in cells] == [
+        (1, 110, None),
+        (3, 110, None),
+        (1, None, 130),
+        (3, None, 130),
+    ]
     assert all(cell["problems"] == 24 for cell in cells)
     assert cells == cells_of("sampling.max_batch=8")
 
