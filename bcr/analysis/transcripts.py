@@ -14,7 +14,9 @@ def telling_rollouts(groups: Sequence[Sequence[Judged]], examples: Sequence[Exam
     """The `count` most and `count` least accurate rollouts of a step; of equals the shorter is the better one."""
     judged = [rollout for group in groups for rollout in group]
     order = sorted(range(len(judged)), key=lambda index: (-judged[index].accuracy, len(judged[index].rollout.token_ids)))
-    chosen = [("best", index) for index in order[:count]] + [("worst", index) for index in order[::-1][: min(count, len(order) - count)]]
+    chosen = [("best", index) for index in order[:count]] + [
+        ("worst", index) for index in order[::-1][: max(0, min(count, len(order) - count))]
+    ]
     return [{"kind": kind, **transcript(judged[index], examples[index], dialect)} for kind, index in chosen]
 
 

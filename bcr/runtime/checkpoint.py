@@ -15,11 +15,15 @@ from bcr.model import Decoder, save_pretrained
 def save_checkpoint(model: Decoder, tokenizer: Tokenizer, stop_token_ids: tuple[int, ...], folder: Path, card: str) -> Path:
     """Write weights, configs, tokenizer and model card (`README.md`) to a temporary folder beside `folder`, then rename it.
 
-    A crash or a full disk (OSError) leaves whatever stood at `folder` before as it was.
+    A failure (a full disk: OSError; an interrupt) leaves whatever stood at `folder` before as it was. A kill between the two renames, which
+    no code can survive, leaves it whole beside `folder` as `.<name>.previous`; the next save at that place puts it back first.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
+    if previous.exists() and not folder.exists():
+        previous.rename(folder)
+    for left_over in (temporary, previous):
+        shutil.rmtree(left_over, ignore_errors=True)
     try:
         bos = tokenizer.token_to_id("<bos>")
         stops = list(stop_token_ids)
@@ -30,12 +34,15 @@ def save_checkpoint(model: Decoder, tokenizer: Tokenizer, stop_token_ids: tuple[
         for file in temporary.iterdir():
             sync(file)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(previous)
         temporary.rename(folder)
         sync(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if previous.exists() and not folder.exists():
+            previous.rename(folder)
         raise
+    shutil.rmtree(previous, ignore_errors=True)
     return folder
 
 

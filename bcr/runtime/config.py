@@ -44,6 +44,8 @@ def launch(name: str, schema: type[Config], prepare: Callable[[Config], Prepared
         main()
         if not composed:
             return  # --help, --cfg and the like: Hydra has answered
+        if len(composed) > 1:
+            raise ValueError(f"--multirun asks for {len(composed)} runs in one process; start them one by one.")
         prepared = prepare(typed(composed[0], schema))
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         fail(name, one_sentence(error), BAD_INPUT)
@@ -63,8 +65,9 @@ def command_line(program: str) -> str:
 
 def typed(config: DictConfig, schema: type[Config]) -> Config:
     """The config as an instance of `schema`; ValueError naming the key for unknown keys and wrong types."""
-    merged = OmegaConf.merge(OmegaConf.structured(schema), config)
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    if missing := sorted(OmegaConf.missing_keys(config)):  # looked up before the merge, where a default would take their place
+        raise ValueError(f"{missing[0]} has no default; give it as {missing[0]}=... .")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), config))  # type: ignore[return-value]
 
 
 def compose(name: str, overrides: list[str], schema: type[Config]) -> Config:
@@ -76,10 +79,11 @@ def compose(name: str, overrides: list[str], schema: type[Config]) -> Config:
 def one_sentence(error: Exception) -> str:
     """What is wrong, in one line, without Hydra's and OmegaConf's trailers."""
     cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ else error
-    if isinstance(cause, OSError):
+    if isinstance(cause, OSError) and not isinstance(cause, HydraException):
         return f"{cause.filename or 'output'}: {cause.strerror}." if cause.strerror else f"{cause}."
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    trailers = ("full_key:", "object_type=", "reference_type=", "Config search path:", "provider=", "Set the environment variable")
+    kept = [line for line in lines if not line.startswith(trailers)]
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return f"{key} is no key of this config; --cfg job prints all there are."

@@ -53,7 +53,7 @@ class Sampler:
         stop_token_ids = torch.tensor(params.stop_token_ids, device=slots.token.device)
         finished = 0
         while True:
-            while admission := scheduler.next_admission(cache.slots - len(slots.owners)):
+            while admission := scheduler.next_admission(min(cache.slots, self.max_batch) - len(slots.owners)):
                 group, count = admission
                 if group.prefix is None:
                     group.prefix = prefill(self.model, group.request.prompt_ids[:-1])

@@ -137,7 +137,7 @@ class ArithmeticDialect:
         return self.encode(["<bos>", *asked, "go"])
 
     def read(self, token_ids: Sequence[int], finish: Literal["stop", "length"], num_problems: int) -> Reading:
-        words = [self.words[token] for token in token_ids]
+        words = [self.words.get(token, "") for token in token_ids]  # a padded vocabulary has ids that are no word
         asked = {marker: problem for problem, marker in enumerate(MARKERS[:num_problems])}
         marks = [(place, asked[word]) for place, word in enumerate(words) if word in asked]
         segments = partition(marks, len(words))

@@ -111,5 +111,6 @@ def as_request(bundle: Bundle) -> Request:
 
 def longest_prompt(problems: Sequence[Problem], dialect: Dialect, size: int) -> int:
     """Tokens of the prompt that holds the `size` longest questions: no bundle of these problems has more, but for a token or two."""
-    longest = sorted(problems, key=lambda problem: len(problem.question), reverse=True)[:size]
-    return len(dialect.prompt_ids(longest))
+    lengths = [len(encoding.ids) for encoding in dialect.tokenizer.encode_batch_fast([problem.question for problem in problems])]
+    longest = sorted(range(len(problems)), key=lengths.__getitem__, reverse=True)[:size]
+    return len(dialect.prompt_ids([problems[index] for index in longest]))

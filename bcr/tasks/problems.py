@@ -18,12 +18,14 @@ def read_jsonl(path: str | Path, question: str = "problem", answer: str = "answe
     if not path.is_file():
         raise ValueError(f"data.path is {str(path)!r}: there is no such file.")
     problems: list[Problem] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: row {number} is not UTF-8 text.") from error
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}: row {number} is not valid JSON ({error}).") from error
             if not isinstance(row, dict):
