@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Measurement:
-    """seconds: the median. bytes: peak beyond returned gradients. error: max |delta log-prob| against float64, None where none is returned."""
+    """seconds: the median. bytes: peak beyond returned gradients. error: max |delta log-prob| against float64, None where there is none."""
 
     name: str
     what: str
