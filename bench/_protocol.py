@@ -1,7 +1,8 @@
 """How the head's benches measure: fixed work, warm-up, the median of several runs, peers in the same run, the physical limit beside it.
 
 Seconds are wall time between two device synchronisations. Memory is the peak above what stood before the call, less the gradients that
-the call returns; on a CPU it is the rise of the resident set (Linux). The matmul peak is the rate of one square product in the dtype of
+the call returns; on a CPU it is the rise of the resident set (Linux), which misses what the allocator had kept: read it for large cases.
+The matmul peak is the rate of one square product in the dtype of
 the run: the limit that no path can beat without doing less work.
 """
 

@@ -75,13 +75,14 @@ def paths(device: str, compile_peer: bool) -> tuple[dict[str, Path], dict[str, s
     else:
         left_out["materialised, torch.compile"] = "asked for with --compile"
     wanted: list[tuple[str, Path, str, str]] = [
-        ("trl chunked", trl_chunked, "trl", "any"),
+        ("trl chunked", trl_chunked, "trl accelerate", "any"),
         ("liger scaled cross entropy", liger_scaled, "liger_kernel", "any"),
         ("liger cross entropy (sum)", liger_fused, "liger_kernel", "cuda"),
     ]
-    for name, path, package, where in wanted:
-        if importlib.util.find_spec(package) is None:
-            left_out[name] = f"{package} is not installed"
+    for name, path, packages, where in wanted:
+        missing = [package for package in packages.split() if importlib.util.find_spec(package) is None]
+        if missing:
+            left_out[name] = f"{' and '.join(missing)} not installed"
         elif where == "cuda" and device != "cuda":
             left_out[name] = "runs on CUDA alone"
         else:

@@ -51,7 +51,7 @@ def linear_logprob(
     Logits are float32, never bfloat16. Called under autocast, it computes in the dtypes it is given.
 
     Raises ValueError naming the argument. On CUDA the values of targets and temperature are checked in debug mode alone
-    (`set_debug`); a target out of range there reads no memory outside the weight and gives NaN.
+    (`set_debug`); a target out of range there reads no memory outside the weight: it gives NaN, and a device assertion in the backward.
     """
     check_head(hidden, weight, targets, temperature)
     module = backend_module(choose_backend(backend, hidden))

@@ -154,13 +154,22 @@ def moved(arguments: dict[str, Any], device: str, dtype: torch.dtype) -> dict[st
 
 
 def check_policy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, rule: LossRule, temperature: float = 1.0, *, backend: str, device: str = "cpu"
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    rule: LossRule,
+    temperature: float = 1.0,
+    *,
+    backend: str,
+    device: str = "cpu",
+    scale: float = 1.0,
 ) -> dict[str, float]:
-    """Loss, metrics, log-probs and gradients (at an upstream gradient of 1.7) against the [T, V] loss in float64."""
+    """Loss, metrics, log-probs and gradients (at an upstream gradient of 1.7) against the [T, V] loss in float64, weights times `scale`."""
     exact_h, exact_w = leaves(hidden, weight, dtype=torch.float64)
     exact_logprob = materialised_logprob(exact_h, exact_w, targets, temperature).logprob.detach()
     vectors = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     arguments = policy_arguments(exact_logprob, rule)
+    arguments["weights"] *= scale
     rounded = moved(moved(arguments, "cpu", vectors), "cpu", torch.float64)
     loss, metrics = materialised_policy_loss(exact_h, exact_w, targets, temperature=temperature, **rounded)
     (1.7 * loss).backward()
@@ -174,7 +183,7 @@ def check_policy(
     active = (segment >= 0) & (targets != -100) & (table[segment] != 0 if rule.kl_coef == 0 else True)
     errors = {
         "logprob": largest_error(out.logprobs.cpu()[active], exact_logprob[active]),
-        "loss": largest_error(out.loss.detach(), loss.detach()) / max(1.0, float(loss.detach().abs())),
+        "loss": largest_error(out.loss, loss) / max(scale, float(loss.detach().abs())),
         "hidden": relative_error(h.grad, exact_h.grad),
         "weight": relative_error(w.grad, exact_w.grad),
     }

@@ -220,12 +220,12 @@ def test_examples_keep_the_order_of_the_groups_and_those_without_signal():
         rollout = Rollout(name, list(range(length)), [-0.5] * length, "stop", 0)
         return Judged(bundle, rollout, (Segment(0, 0, 1), Segment(1, 1, length)), verdicts, 0)
 
-    right, wrong = (Verdict.CORRECT, Verdict.CORRECT), (Verdict.CORRECT, Verdict.TIMEOUT)
+    right, wrong = (Verdict.CORRECT, Verdict.CORRECT), (Verdict.TIMEOUT, Verdict.CORRECT)
     groups = [[judged("one", right, 3), judged("one", wrong, 4)], [judged("other", right, 5), judged("other", right, 6)]]
-    made = make_examples(groups, AdvantageConfig(normalise_std=False))
+    made = make_examples(groups, CENTRED)
     assert [len(example.token_ids) for example in made] == [3, 4, 5, 6]
     assert [example.prompt_ids for example in made] == [[1, 2, 3], [1, 2, 3], [1, 2, 5], [1, 2, 5]]
-    assert [example.advantages for example in made] == [[0.25, 0.25], [-0.25, -0.25], [0.0, 0.0], [0.0, 0.0]]
+    assert [example.advantages for example in made] == [[0.5, 0.0], [-0.5, 0.0], [0.0, 0.0], [0.0, 0.0]]
     assert [example.has_signal for example in made] == [True, True, False, False]
     assert made[1].segments == groups[0][1].segments
     assert made[1].logprobs == groups[0][1].rollout.logprobs

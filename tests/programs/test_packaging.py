@@ -1,5 +1,6 @@
 """What is installed is what is in the tree: every package is listed, the configs and the shipped base go along, nothing else does."""
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -28,7 +29,9 @@ def test_the_package_runs_without_triton_and_importing_the_tasks_brings_no_torch
 @pytest.mark.slow
 def test_the_wheel_holds_configs_and_base_and_runs_from_another_folder(tmp_path):
     """Installed beside the dependencies of this environment, but not from this checkout."""
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT], check=True, timeout=280)
+    source = tmp_path / "source"  # a build leaves its own copy of the packages behind, so it gets a tree of its own
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "outputs", "build", "*.egg-info", "__pycache__"))
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source], check=True, timeout=280)
     (wheel,) = tmp_path.glob("bcr-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {"bcr/configs/train.yaml", "bcr/configs/experiment/arithmetic_mixed_n.yaml", "bcr_kernels/__init__.py"} <= set(names)

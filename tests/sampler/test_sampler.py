@@ -108,7 +108,10 @@ def test_a_rollout_depends_on_seed_id_and_index_alone(make_decoder) -> None:
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("tied", [False, True])
 def test_logprobs_are_those_of_the_forward_pass(temperature: float, tied: bool, tmp_path: Path, make_decoder) -> None:
-    """Within 1e-5 at an entropy of 0.5 to 3 nats, and no worse than twice what transformers differs from itself, cache against none."""
+    """Within 1e-5 / temperature at an entropy of 0.5 to 3 nats.
+
+    And no worse than twice what transformers, with a cache, differs from itself without one.
+    """
     model = make_decoder(tie_word_embeddings=tied)
     requests = make_requests([1, 4, 9, 17, 33, 60, 100, 150], [40] * 8)
     params = SamplingParams(temperature, n=2, stop_token_ids=STOPS, seed=1)
@@ -120,7 +123,7 @@ def test_logprobs_are_those_of_the_forward_pass(temperature: float, tied: bool, 
             entropies.append(entropy)
     assert 0.5 < sum(entropies) / len(entropies) < 3.0
     assert len(differences) > 200
-    assert max(differences) <= 1e-5
+    assert max(differences) <= 1e-5 / temperature
     theirs = transformers_with_itself(as_transformers(model, tmp_path), requests, temperature)
     assert sum(differences) / len(differences) <= 2 * sum(theirs) / len(theirs)
     assert max(differences) <= 2 * max(theirs)

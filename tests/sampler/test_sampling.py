@@ -142,6 +142,17 @@ def test_the_inverse_of_the_cumulative_sum(monkeypatch: pytest.MonkeyPatch) -> N
     assert tokens.tolist() == [0, 0, 1, 1, 2, 2]
 
 
+def test_rare_tokens_of_a_large_vocabulary_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind one common token stand 2^18 of relative weight 2^-26 each: steps too small for a cumulative sum in float32."""
+    rare, weight = 2**18, 2.0**-26
+    wanted = torch.arange(1, rare, 999)
+    targets = (1 + (wanted.double() - 0.5) * weight) / (1 + rare * weight)
+    monkeypatch.setattr(under_test, "keyed_uniform", lambda *_: targets)
+    logits = torch.cat([torch.zeros(1), torch.full((rare,), weight).log()]).expand(len(wanted), -1)
+    tokens, _ = sample(logits, SamplingParams(stop_token_ids=(0,)), wanted, wanted)
+    assert int((tokens - wanted).abs().max()) <= 1
+
+
 def test_no_row_looks_at_another() -> None:
     logits = torch.randn(37, 301, generator=torch.Generator().manual_seed(4)) * 2
     keys, positions, params = rollout_keys(37), torch.arange(37) * 7, SamplingParams(0.9, stop_token_ids=(0,))

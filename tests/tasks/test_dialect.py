@@ -268,14 +268,16 @@ def test_any_tokens_are_read_and_partitioned(soup, finish, num_problems):
 @settings(calm, max_examples=300)
 @given(soups())
 def test_spelling_places_every_token(soup):
-    """The text is the tokenizer's own, up to bytes at the end that are no character yet, and every token has its place in it."""
+    """The text is the tokenizer's own, up to tokens at the end whose bytes are no character yet, and every token has its place in it."""
     name, ids = soup
     text, starts = spell(TOKENIZERS[name], ids)
     assert len(starts) == len(ids)
     assert starts == sorted(starts)
     assert all(0 <= start <= len(text) for start in starts)
     if name != "fallback":
-        assert TOKENIZERS[name].decode(ids, skip_special_tokens=False).rstrip("\ufffd") == text.rstrip("\ufffd")
+        whole = TOKENIZERS[name].decode(ids, skip_special_tokens=False)
+        assert whole.startswith(text)
+        assert whole == text or whole.endswith("\ufffd")
 
 
 def test_a_character_begins_with_the_token_that_completes_it():

@@ -109,8 +109,8 @@ def test_verdicts_come_back_to_their_problems(shape, seed):
 
 def test_the_finish_reaches_the_dialect():
     bundle = bundle_of([0])
-    text = f"Q1 so {bundle.problems[0].answer} ."
-    groups = [[rollout_of(bundle, text, "length"), rollout_of(bundle, text + " <eos>", "stop")]]
+    text = f"Q1 so {bundle.problems[0].answer} . <eos>"
+    groups = [[rollout_of(bundle, text, "length"), rollout_of(bundle, text, "stop")]]
     cut, whole = judge([bundle], groups, DIALECT, Notebook())[0]
     assert (cut.verdicts, whole.verdicts) == ((Verdict.UNANSWERED,), (Verdict.CORRECT,))
 

@@ -64,7 +64,7 @@ class _Anchored(NamedTuple):
 
 def row_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, inv_temperature: Tensor, with_entropy: bool) -> RowStatistics:
     """See `reference.row_statistics`."""
-    hidden, weight = hidden.contiguous(), weight.contiguous()
+    hidden, weight = _readable(hidden), _readable(weight)
     parts = [
         _anchored_softmax(hidden[chunk], weight, targets[chunk], inv_temperature[chunk], with_entropy, None).statistics()
         for chunk in spans(hidden.shape[0], FORWARD_ROWS)
@@ -82,7 +82,7 @@ def logprob_backward(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `reference.logprob_backward`."""
-    hidden, weight = hidden.contiguous(), weight.contiguous()
+    hidden, weight = _readable(hidden), _readable(weight)
     buffers = _gradient_buffers(hidden, weight, needs)
     slope, entropy_slope = grads.logsumexp - grads.logprob, None
     if grads.entropy is not None:
@@ -113,7 +113,7 @@ def policy_gradients(
     if not any(needs):
         logprob, entropy, _ = row_statistics(hidden, weight, targets, inv_temperature, with_entropy)
         return PolicyGradients(logprob, entropy, None, None)
-    hidden, weight = hidden.contiguous(), weight.contiguous()
+    hidden, weight = _readable(hidden), _readable(weight)
     buffers = _gradient_buffers(hidden, weight, needs)
     chunk_rows, kept = _chunk_buffer(hidden, weight)
     parts = []
@@ -156,22 +156,22 @@ def _anchored_softmax(
 
 
 def _launch_tiles(kernel: Any, hidden: Tensor, weight: Tensor, *arguments: Tensor | None, **constants: int) -> None:
-    """One program per tile of logits. hidden[R, H] and weight[V, H] become TMA descriptors where device and alignment allow."""
+    """One program per tile of logits. hidden[R, H] and weight[V, H] become TMA descriptors where the tile says so."""
     (rows, width), vocab, tile = hidden.shape, weight.shape[0], tiles.tile_for(hidden)
-    tma = tile.tma and all(_is_aligned(tensor) for tensor in (hidden, weight))
-    operands = _descriptors(hidden, weight, tile) if tma else (hidden, weight)
+    operands = _descriptors(hidden, weight, tile) if tile.tma else (hidden, weight)
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(vocab, tile.cols),)
     with torch.cuda.device_of(hidden):
         kernel[grid](
             *operands, *arguments, rows, vocab,
-            WIDTH=width, ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth, GROUP=tile.group, TMA=tma,
+            WIDTH=width, ROWS=tile.rows, COLS=tile.cols, DEPTH=tile.depth, GROUP=tile.group, TMA=tile.tma,
             num_warps=tile.warps, num_stages=tile.stages, **constants,
         )  # fmt: skip
 
 
-def _is_aligned(tensor: Tensor) -> bool:
-    """TMA reads rows that begin at multiples of 16 bytes."""
-    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+def _readable(tensor: Tensor) -> Tensor:
+    """Contiguous and beginning at a multiple of 16 bytes, as vector loads and TMA want it; copied only where it is not."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def _descriptors(hidden: Tensor, weight: Tensor, tile: Tile) -> tuple[TensorDescriptor, TensorDescriptor]:

@@ -6,7 +6,7 @@ is compiled ahead of time in the tests, which hold it to no register spills and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,18 +37,21 @@ TILES: dict[tuple[tuple[int, int], torch.dtype], Tile] = {
     ((9, 0), torch.bfloat16): Tile(128, 256, 64, warps=8, stages=4, tma=True),
     ((10, 0), torch.bfloat16): Tile(128, 256, 64, warps=8, stages=4, tma=True),
     ((12, 0), torch.bfloat16): Tile(128, 128, 32, warps=8, stages=4),
-    ((8, 0), torch.float32): Tile(64, 64, 32, warps=4, stages=3),
+    ((8, 0), torch.float32): Tile(64, 64, 16, warps=4, stages=3),
 }
+UNALIGNED_TILE = Tile(128, 128, 64, warps=8, stages=4)  # where TMA is wanted and rows do not begin at multiples of 16 bytes
 RESCUE_TILE = Tile(64, 32, 16, warps=4, stages=3)  # rows whose exponentials overflow: rare, so one tile that fits everywhere
 INTERPRETER_TILE = Tile(16, 32, 16, warps=1, stages=1, group=2)  # on a CPU: small, so that a test has several tiles
 TARGET_ROWS, TARGET_DEPTH = 16, 128
 
 
-def tile_for(tensor: Tensor) -> Tile:
-    """The tile for this tensor's device and dtype. ValueError for a device older than every entry."""
-    if not tensor.is_cuda:
-        return INTERPRETER_TILE
-    return nearest_tile(torch.cuda.get_device_capability(tensor.device), tensor.dtype)
+def tile_for(hidden: Tensor) -> Tile:
+    """The tile for the device, dtype and width of hidden[R, H]. ValueError for a device older than every entry."""
+    tile = nearest_tile(torch.cuda.get_device_capability(hidden.device), hidden.dtype) if hidden.is_cuda else INTERPRETER_TILE
+    aligned = hidden.shape[1] * hidden.element_size() % 16 == 0
+    if tile.tma and not aligned:
+        return UNALIGNED_TILE if hidden.is_cuda else replace(tile, tma=False)
+    return tile
 
 
 def nearest_tile(capability: tuple[int, int], dtype: torch.dtype) -> Tile:

@@ -31,6 +31,15 @@ def test_vocabularies(vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check_policy(*head("spread", 6, 32, vocab, torch.bfloat16), RULES["all"], backend="triton")
 
 
+@pytest.mark.parametrize("gap", [30.0, 44.0, 60.0, 80.0, 95.0])
+def test_targets_far_below_the_maximum(gap: float) -> None:
+    """S is e^gap: kept exponentials and 1 / S are still multiplied without underflow, with per-token weights as small as 1e-6."""
+    hidden, weight, _ = head("peaked", 18, 16, 70, torch.float32)
+    hidden[:, 0], weight[:, 0] = 1.0, 0.0
+    weight[3, 0] = gap
+    check_policy(hidden, weight, torch.full((18,), 69), RULES["clip"], backend="triton", scale=1e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_does_not_grow_with_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = head("peaked", 64, 32, 96, dtype)
