@@ -37,9 +37,9 @@ OLDEST_SPILLS = {("rescue_kernel", "sm_100", "bf16", "STORE=True, ENTROPY=True")
 
 def check(results: list[dict], spills: dict[tuple[str, ...], int] | None = None) -> None:
     for r in results:
-        expected = (spills or {}).get((r["kernel"], r["device"], r["dtype"], r["variant"]), 0)
+        allowed = (spills or {}).get((r["kernel"], r["device"], r["dtype"], r["variant"]), 0)
         what = f"{r['kernel']} {r['device']} {r['dtype']} {r['loads']} {r['variant']}"
-        assert r["spill_bytes"] == expected, f"{what}: {r['spill_bytes']} bytes of registers spilled"
+        assert r["spill_bytes"] <= allowed, f"{what}: {r['spill_bytes']} bytes of registers spilled"
         assert r["shared"] <= r["shared_limit"], f"{what}: {r['shared']} bytes of shared memory"
         assert r["registers"] * r["threads"] <= 65_536, what
         if r["kernel"] == "target_logit_kernel":

@@ -92,6 +92,24 @@ def test_a_partial_folder_of_a_killed_run_is_no_obstacle(model: Decoder, tokeniz
     assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
 
 
+@pytest.mark.parametrize("fail", [False, True])
+def test_a_checkpoint_set_aside_by_a_killed_run_is_not_lost(
+    fail: bool, model: Decoder, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the two renames leaves the old one beside its place: the next save replaces it, or puts it back where it fails."""
+    folder = save_checkpoint(model, tokenizer, (2,), tmp_path / "saved", "old")
+    folder.rename(tmp_path / ".saved.previous")
+    with monkeypatch.context() as patch:
+        if fail:
+            FAILURES["weights"](patch, full_disk)
+            with pytest.raises(OSError, match="No space left"):
+                save_checkpoint(model, tokenizer, (2,), folder, "new")
+        else:
+            save_checkpoint(model, tokenizer, (2,), folder, "new")
+    assert (folder / "README.md").read_text() == ("old" if fail else "new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
+
+
 def test_nothing_stands_at_its_place_before_it_is_whole(
     model: Decoder, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

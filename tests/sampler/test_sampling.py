@@ -145,7 +145,7 @@ def test_the_inverse_of_the_cumulative_sum(monkeypatch: pytest.MonkeyPatch) -> N
 def test_rare_tokens_of_a_large_vocabulary_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind one common token stand 2^18 of relative weight 2^-26 each: steps too small for a cumulative sum in float32."""
     rare, weight = 2**18, 2.0**-26
-    wanted = torch.arange(1, rare, 999)
+    wanted = torch.arange(1, rare, 9_999)
     targets = (1 + (wanted.double() - 0.5) * weight) / (1 + rare * weight)
     monkeypatch.setattr(under_test, "keyed_uniform", lambda *_: targets)
     logits = torch.cat([torch.zeros(1), torch.full((rare,), weight).log()]).expand(len(wanted), -1)
