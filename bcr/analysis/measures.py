@@ -14,8 +14,9 @@ def summarise(rollouts: Sequence[Judged]) -> dict[str, float]:
     """Means over the problems of the rollouts.
 
     `accuracy` with its standard error (problems taken as independent), `tokens_per_problem` (all completion tokens, rambling
-    included, over the number of problems asked), `checks_per_problem`, and the share of each verdict; `truncated` is a share of rollouts,
-    `entropy` the mean of -log p over the sampled tokens [nats per token], an unbiased estimate of the policy's entropy.
+    included, over the number of problems asked) with its standard error (rollouts taken as independent), `checks_per_problem`, and
+    the share of each verdict; `truncated` is a share of rollouts, `entropy` the mean of -log p over the sampled tokens [nats per
+    token], an unbiased estimate of the policy's entropy.
     """
     if not rollouts:
         raise ValueError("there are no rollouts to summarise.")
@@ -27,9 +28,23 @@ def summarise(rollouts: Sequence[Judged]) -> dict[str, float]:
         "accuracy": accuracy,
         "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / problems),
         "tokens_per_problem": tokens / problems,
+        "tokens_per_problem_se": ratio_error(
+            [len(judged.rollout.token_ids) for judged in rollouts], [len(judged.verdicts) for judged in rollouts]
+        ),
         "checks_per_problem": sum(judged.checks for judged in rollouts) / problems,
         "problems": problems,
         "truncated": sum(judged.rollout.finish == "length" for judged in rollouts) / len(rollouts),
         **{verdict.value: verdicts[verdict] / problems for verdict in Verdict if verdict is not Verdict.CORRECT},
         "entropy": -math.fsum(logprob for judged in rollouts for logprob in judged.rollout.logprobs) / tokens,
     }
+
+
+def ratio_error(amounts: Sequence[float], counts: Sequence[float]) -> float:
+    """Standard error of sum(amounts) / sum(counts) over independent pairs (Cochran, Sampling Techniques, ch. 6); 0 for one pair.
+
+    >>> ratio_error([10.0, 14.0], [1, 1])  # the standard error of a mean
+    2.0
+    """
+    ratio, pairs = sum(amounts) / sum(counts), len(counts)
+    squares = math.fsum((amount - ratio * count) ** 2 for amount, count in zip(amounts, counts, strict=True))
+    return math.sqrt(squares * pairs / max(1, pairs - 1)) / sum(counts)

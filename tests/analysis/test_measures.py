@@ -33,6 +33,7 @@ def test_measures_by_hand():
             "accuracy": 0.5,
             "accuracy_se": math.sqrt(0.5 * 0.5 / 8),
             "tokens_per_problem": 5.0,
+            "tokens_per_problem_se": math.sqrt((5**2 + 5**2 + 0) * 3 / 2) / 8,
             "checks_per_problem": 5 / 8,
             "problems": 8,
             "truncated": 1 / 3,
