@@ -12,13 +12,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from bcr.model import Decoder, DecoderConfig, load_pretrained
 from bcr.model.huggingface import read_config, resolve, stop_token_ids
 from bcr.records import Problem
-from bcr.runtime.schema import DataConfig, GradingConfig, ModelConfig, RandomModel, SamplingConfig
+from bcr.runtime.schema import DataConfig, DialectConfig, GradingConfig, ModelConfig, RandomModel, SamplingConfig
 from bcr.sampler import Sampler
 from bcr.tasks.arithmetic import ArithmeticDialect, ArithmeticProblems
 from bcr.tasks.bundles import Budget, Problems, longest_prompt
-from bcr.tasks.dialect import Dialect, MarkdownDialect
+from bcr.tasks.chat import ChatTemplate, read_chat_template
+from bcr.tasks.dialect import Dialect
 from bcr.tasks.grader_pool import GraderPool
 from bcr.tasks.problems import ShuffledProblems, read_jsonl
+from bcr.tasks.text import TextDialect
 
 BUILTIN = "builtin/"  # model.path=builtin/arithmetic-base: a checkpoint that ships with the package
 
@@ -33,7 +35,7 @@ class Task:
     finite: list[Problem] | None
 
 
-def assemble(model: ModelConfig, data: DataConfig, seed: int, device: torch.device) -> Task:
+def assemble(model: ModelConfig, data: DataConfig, dialect: DialectConfig, seed: int, device: torch.device) -> Task:
     """Load or make everything. ValueError, with one sentence, for whatever does not fit together."""
     if data.kind not in ("arithmetic", "jsonl"):
         raise ValueError(f"data.kind is {data.kind!r}; it must be 'arithmetic' or 'jsonl'.")
@@ -45,6 +47,7 @@ def assemble(model: ModelConfig, data: DataConfig, seed: int, device: torch.devi
         raise ValueError("data.path is null; data.kind=jsonl needs a file.")
     finite = read_jsonl(data.path, data.question, data.answer) if data.kind == "jsonl" and data.path else None
     problems: Problems = ShuffledProblems(finite, seed) if finite else ArithmeticProblems(data.split, seed, data.operations)  # type: ignore[arg-type]
+    chat: ChatTemplate | None = None
     if model.random is not None:
         if finite is None:
             raise ValueError("model.random trains its tokenizer on the data's text: use it with data.kind=jsonl.")
@@ -59,9 +62,12 @@ def assemble(model: ModelConfig, data: DataConfig, seed: int, device: torch.devi
         stops = stop_token_ids(folder)
         if tokenizer.get_vocab_size() > config.vocab_size:
             raise ValueError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only {config.vocab_size}.")
+        chat = read_chat_template(folder, dialect.system, dialect.thinking) if dialect.chat else None
         decoder = load_pretrained(folder)
-    dialect: Dialect = ArithmeticDialect(tokenizer) if data.kind == "arithmetic" else MarkdownDialect(tokenizer, stops)
-    return Task(decoder.to(device), dialect, problems, finite)
+    if data.kind == "arithmetic":
+        return Task(decoder.to(device), ArithmeticDialect(tokenizer), problems, None)
+    spoken = TextDialect(tokenizer, stops, dialect.form, chat, dialect.answers_in_thinking)
+    return Task(decoder.to(device), spoken, problems, finite)
 
 
 def check_context(task: Task, sizes: Iterable[int], budget: Budget) -> None:

@@ -46,7 +46,7 @@ def prepare(config: EvaluateConfig) -> Evaluation:
     if not config.sizes or not budgets:
         raise ValueError("sizes, budgets and budgets_per_problem: there must be at least one N and one budget.")
     settle_in(config.threads)
-    task = assemble(config.model, config.data, config.seed, choose_device(config.device))
+    task = assemble(config.model, config.data, config.dialect, config.seed, choose_device(config.device))
     for budget in budgets:
         check_sizes(mixture(config.sizes), budget, task.dialect.max_problems)
         check_context(task, config.sizes, budget)

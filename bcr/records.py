@@ -57,11 +57,15 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Completion tokens start <= t < stop belong to `problem` (its index in the bundle, from 0)."""
+    """Completion tokens start <= t < stop belong to `problem` (its index in the bundle, from 0).
+
+    `answered` is whether the segment leaves its problem with an answer that counts; see `bcr.learner.advantages` for what that decides.
+    """
 
     problem: int
     start: int
     stop: int
+    answered: bool = True
 
 
 class Verdict(StrEnum):

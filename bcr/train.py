@@ -64,7 +64,7 @@ def prepare(config: TrainConfig) -> Run:
     device = choose_device(config.device)
     settle_in(config.threads)
     budget = Budget(config.bundles.budget, config.bundles.budget_per_problem)
-    task = assemble(config.model, config.data, config.seed, device)
+    task = assemble(config.model, config.data, config.dialect, config.seed, device)
     sizes = mixture(config.bundles.sizes, config.bundles.shares)
     bundles = BundleStream(task.problems, task.dialect, sizes, budget, config.seed)
     check_context(task, sizes, budget)

@@ -54,20 +54,24 @@ def group_advantages(
 
 
 def responsible_problems(segments: Sequence[Segment]) -> list[int]:
-    """For each segment the first problem it is answerable for: its own, or an earlier one that has not been opened before it.
+    """For each segment the first problem it is answerable for: its own, or an earlier one that has not been answered before it.
 
-    In prompt order that is the segment's own problem. Out of order it is the smallest problem still unopened, because the segment
-    spends tokens which that problem needs: nothing is gained by writing an easy answer first. Returning to a problem that was
-    opened before is answerable from that problem on.
+    In prompt order, each problem answered, that is the segment's own problem. Out of order, or after a problem that was left without an
+    answer, it is the smallest problem still open, because the segment spends tokens which that problem needs: nothing is gained by
+    writing an easy answer first, by skipping, or by headings with nothing under them. Returning to a problem that was answered before
+    is answerable from that problem on.
 
     >>> responsible_problems([Segment(2, 0, 4), Segment(0, 4, 9), Segment(1, 9, 12), Segment(0, 12, 15)])
     [0, 0, 1, 0]
+    >>> responsible_problems([Segment(0, 0, 4, answered=False), Segment(1, 4, 9), Segment(2, 9, 12)])
+    [0, 0, 0]
     """
-    responsible, opened = [], set[int]()
+    responsible, closed = [], set[int]()
     for segment in segments:
-        first_unopened = next(j for j in range(len(opened) + 1) if j not in opened)
-        responsible.append(min(segment.problem, first_unopened))
-        opened.add(segment.problem)
+        first_open = next(j for j in range(len(closed) + 1) if j not in closed)
+        responsible.append(min(segment.problem, first_open))
+        if segment.answered:
+            closed.add(segment.problem)
     return responsible
 
 

@@ -40,6 +40,15 @@ class DataConfig:
 
 
 @dataclass
+class DialectConfig:
+    form: str = "markdown"
+    chat: bool = True
+    system: str | None = None
+    thinking: bool | None = None
+    answers_in_thinking: bool = False
+
+
+@dataclass
 class BundleConfig:
     sizes: list[int] = field(default_factory=lambda: [3])
     shares: list[float] | None = None
@@ -81,6 +90,7 @@ class TrainConfig:
     threads: int | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    dialect: DialectConfig = field(default_factory=DialectConfig)
     bundles: BundleConfig = field(default_factory=BundleConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     grading: GradingConfig = field(default_factory=GradingConfig)
@@ -99,6 +109,7 @@ class EvaluateConfig:
     threads: int | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    dialect: DialectConfig = field(default_factory=DialectConfig)
     problems: int = 600
     sizes: list[int] = field(default_factory=lambda: [1, 2, 3])
     budgets: list[int] = field(default_factory=list)

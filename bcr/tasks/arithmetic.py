@@ -18,7 +18,7 @@ from typing import Literal
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from bcr.records import Problem
-from bcr.tasks.dialect import Reading, partition
+from bcr.tasks.dialect import Finish, Mark, Reading, partition
 
 MODULUS = 13
 MAX_PROBLEMS = 6
@@ -136,19 +136,18 @@ class ArithmeticDialect:
         asked = [word for marker, problem in zip(MARKERS, problems, strict=False) for word in (marker, *problem.question.split())]
         return self.encode(["<bos>", *asked, "go"])
 
-    def read(self, token_ids: Sequence[int], finish: Literal["stop", "length"], num_problems: int) -> Reading:
+    def read(self, token_ids: Sequence[int], finish: Finish, num_problems: int) -> Reading:
         words = [self.words.get(token, "") for token in token_ids]  # a padded vocabulary has ids that are no word
         asked = {marker: problem for problem, marker in enumerate(MARKERS[:num_problems])}
-        marks = [(place, asked[word]) for place, word in enumerate(words) if word in asked]
-        segments = partition(marks, len(words))
+        places = [place for place, word in enumerate(words) if word in asked]
         answers: list[str | None] = [None] * num_problems
-        for (place, problem), segment in zip(marks, segments, strict=False):  # without a mark there is one segment and no answer
-            last = segment.stop == len(words)
-            if last and finish == "length":
-                continue
-            answer = marked_answer(words[place + 1 : segment.stop - last])  # the last answer must be followed by <eos>
-            answers[problem] = answers[problem] if answer is None else answer
-        return Reading(tuple(answers), segments)
+        marks = []
+        for place, stop in zip(places, [*places[1:], len(words)], strict=False):
+            last, problem = stop == len(words), asked[words[place]]
+            said = None if last and finish == "length" else marked_answer(words[place + 1 : stop - last])  # the last one needs its <eos>
+            answers[problem] = answers[problem] if said is None else said
+            marks.append(Mark(place, problem, answered=said is not None))
+        return Reading(tuple(answers), partition(marks, len(words)))
 
     def count_checks(self, token_ids: Sequence[int]) -> int:
         return sum(token == self.ids["check"] for token in token_ids)

@@ -142,12 +142,35 @@ def test_whom_a_segment_answers_for(order, responsible):
     assert responsible_problems(opened(*order)) == responsible
 
 
+@pytest.mark.parametrize(
+    ("order", "responsible"),
+    [
+        ((-0.5, 1, 2), [0, 0, 0]),  # a heading for problem 0 and nothing under it: whoever goes on without an answer answers for it
+        ((-0.5, -1, 2, 0, 1), [0, 0, 0, 0, 1]),
+        ((-0.5, 0, 1), [0, 0, 1]),
+        ((0, -1, 2), [0, 1, 1]),
+    ],
+)
+def test_a_problem_left_without_an_answer_stays_open(order, responsible):
+    segments = [Segment(int(abs(problem)), k, k + 1, answered=problem >= 0) for k, problem in enumerate(order)]
+    assert responsible_problems(segments) == responsible
+
+
+def test_skipping_a_problem_gains_nothing():
+    """One rollout skips problem 0 and has budget left for problem 1; the other tries 0 in vain and is cut off. Neither is better off."""
+    skips = [Segment(0, 0, 3, answered=False), Segment(1, 3, 9)]
+    tries = [Segment(0, 0, 9, answered=False)]
+    found = group_advantages([[0, 1], [1, 0]], [skips, tries], CENTRED)
+    assert found == [[0.0, 0.0], [0.0]]
+
+
 @calm
-@given(orders)
-def test_a_segment_answers_for_its_own_problem_and_all_that_are_still_unopened(segments):
-    """The rule, stated otherwise: the smallest of the segment's own problem and those that no segment before it has opened."""
+@given(orders, st.sets(st.integers(0, 7)))
+def test_a_segment_answers_for_its_own_problem_and_all_that_are_still_open(segments, unanswered):
+    """The rule, stated otherwise: the smallest of the segment's own problem and those that no segment before it has answered."""
+    segments = [Segment(s.problem, s.start, s.stop, answered=k not in unanswered) for k, s in enumerate(segments)]
     for k, (segment, first) in enumerate(zip(segments, responsible_problems(segments), strict=True)):
-        before = {earlier.problem for earlier in segments[:k]}
+        before = {earlier.problem for earlier in segments[:k] if earlier.answered}
         assert first == min({segment.problem, *range(6)} - (before - {segment.problem}))
 
 

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from bcr.records import Problem, Request
 from bcr.tasks.arithmetic import ArithmeticDialect, ArithmeticProblems, build_tokenizer
 from bcr.tasks.bundles import Budget, BundleStream, as_request, check_sizes, consecutive_bundles, longest_prompt, make_bundle, mixture
-from bcr.tasks.dialect import MarkdownDialect
+from bcr.tasks.text import TextDialect
 
 calm = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 
@@ -152,7 +152,7 @@ def test_the_longest_prompt_is_measured_in_tokens():
     """Ten Chinese characters are thirty tokens where bytes are tokens: more than twenty letters. No bundle has a longer prompt."""
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    dialect = MarkdownDialect(tokenizer, [0])
+    dialect = TextDialect(tokenizer, [0])
     problems = [Problem(str(k), question, "0", "test") for k, question in enumerate(("a" * 20, "漢" * 10, "b" * 20, "c" * 3, "é" * 12))]
     for size in (1, 2, 3, 5):
         every = itertools.combinations(problems, size)

@@ -13,7 +13,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from bcr.records import Problem
 from bcr.tasks.arithmetic import MARKERS, VOCABULARY, ArithmeticDialect, build_tokenizer, marked_answer, teach
-from bcr.tasks.dialect import MarkdownDialect, Reading, closing_brace, partition, read_markdown, spell
+from bcr.tasks.dialect import Mark, Reading, partition, spell
+from bcr.tasks.markdown import closing_brace, read_markdown
+from bcr.tasks.text import TextDialect
 
 calm = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -40,11 +42,12 @@ def owners_by_marks(marks, length):
 @given(st.dictionaries(st.integers(0, 29), st.integers(0, 3)), st.integers(30, 40))
 def test_partition_gives_every_token_to_the_last_mark_before_it(marks, length):
     in_order = sorted(marks.items())
-    segments = partition(in_order, length)
+    segments = partition([Mark(place, problem, answered=problem > 0) for place, problem in in_order], length)
     assert owners(segments) == owners_by_marks(in_order, length)
     assert [segment.start for segment in segments[1:]] == [place for place, _ in in_order[1:]]
     assert len(segments) == max(1, len(marks))
-    assert partition(in_order, 0) == ()
+    assert [segment.answered for segment in segments] == ([problem > 0 for _, problem in in_order] or [False])
+    assert partition([Mark(0, 1)], 0) == ()
 
 
 # ---- the embedded world --------------------------------------------------------------------------------------------------------
@@ -116,6 +119,20 @@ def test_a_completion_built_from_parts_is_read_as_built(completion):
     reading = WORDS.read(WORDS.encode(words), finish, num_problems)
     assert reading.answers == answers
     assert owners(reading.segments) == owners_by_marks(marks, len(words))
+
+
+def test_segments_of_words_say_whether_they_answer():
+    reading = read_words("Q1 so 10 . Q2 wait Q3 so 4 . wait Q1 Q2 so 1 1 . Q3 so 4 . <eos>", "stop", 3)
+    assert [(segment.problem, segment.answered) for segment in reading.segments] == [
+        (0, True),
+        (1, False),
+        (2, False),
+        (0, False),
+        (1, True),  # marked, though it is no number: the grader's matter
+        (2, True),
+    ]
+    assert not read_words("so 4 . <eos>", "stop", 2).segments[0].answered
+    assert not read_words("Q1 so 4 .", "length", 2).segments[0].answered
 
 
 @calm
@@ -233,13 +250,21 @@ def fallback_tokenizer():
     return tokenizer
 
 
+def byte_letters():
+    """The letter that stands for each byte in a byte-level vocabulary: printable bytes for themselves, the others from 256 on in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + place) for place, byte in enumerate(others)}}
+
+
+BYTE_LETTERS = byte_letters()
 BYTES, MERGING, FALLBACK = byte_tokenizer(), merging_tokenizer(), fallback_tokenizer()
 TOKENIZERS = {"bytes": BYTES, "merging": MERGING, "fallback": FALLBACK}
 EOS = 0
 
 
 def dialect_of(tokenizer):
-    return MarkdownDialect(tokenizer, [EOS])
+    return TextDialect(tokenizer, [EOS])
 
 
 @st.composite
@@ -280,6 +305,19 @@ def test_spelling_places_every_token(soup):
         assert whole == text or whole.endswith("\ufffd")
 
 
+@calm
+@given(st.lists(st.one_of(st.binary(min_size=30, max_size=90), st.text("a漢🙂é", max_size=9).map(str.encode)), max_size=6))
+def test_long_runs_of_broken_bytes_are_spelled_as_the_tokenizer_does(parts):
+    """However long a run without a whole character is, the text is the same; what the decoder holds back of it stays short."""
+    ids = [BYTES.token_to_id(BYTE_LETTERS[byte]) for byte in b"".join(parts)]
+    text, starts = spell(BYTES, ids)
+    whole = BYTES.decode(ids, skip_special_tokens=False)
+    assert whole.startswith(text)
+    assert set(whole[len(text) :]) <= {"\ufffd"}
+    assert len(whole) - len(text) <= 40
+    assert len(starts) == len(ids)
+
+
 def test_a_character_begins_with_the_token_that_completes_it():
     ids = BYTES.encode("a漢b").ids
     assert len(ids) == 5
@@ -312,6 +350,7 @@ class Writer:
     def __init__(self, num_problems):
         self.num_problems = num_problems
         self.text, self.marks, self.answers = "", [], [None] * num_problems
+        self.answered = set()  # indices of the marks whose segment holds an answer that counts
         self.section, self.pending = None, None
 
     def say(self, text):
@@ -322,6 +361,7 @@ class Writer:
     def settle(self):
         if self.pending is not None:
             self.answers[self.pending[0]] = self.pending[1]
+            self.answered.add(len(self.marks) - 1)
         self.pending = None
 
     def mark(self, problem):
@@ -381,7 +421,9 @@ def markdown_completions(draw):
 @given(markdown_completions())
 def test_markdown_built_from_parts_is_read_as_built(completion):
     writer, finish = completion
-    assert read_markdown(writer.text, finish, writer.num_problems) == (writer.marks, tuple(writer.answers))
+    marks, answers = read_markdown(writer.text, finish, writer.num_problems)
+    assert answers == tuple(writer.answers)
+    assert marks == [Mark(*mark, answered=index in writer.answered) for index, mark in enumerate(writer.marks)]
 
 
 @settings(calm, max_examples=200)
@@ -448,6 +490,10 @@ def test_a_cut_off_completion_keeps_the_answers_that_a_marker_follows(order, sai
         ("Answer 1: \\boxed{{5}\nAnswer 2: \\boxed{5}", "stop", [0, 1], (None, "5")),  # a box that never closes
         ("Answer 1: \\boxed{Answer 2: \\boxed{5}\n### Problem 1\n", "stop", [0, 1, 0], (None, "5")),  # ... has nothing inside
         ("Answer 1: \\boxed{}", "stop", [0], ("", None)),
+        ("**Answer 1:** \\boxed{5}\n\n**Answer 2**: $\\boxed{7}$\n", "stop", [0, 1], ("5", "7")),  # bold that closes before the box
+        ("Answer 1: **\\boxed{5}**\nAnswer2::\\boxed{7}", "stop", [0, 1], ("5", "7")),  # the paper writes two colons
+        ("Answer 1: \\(\\boxed{5}\\)\nAnswer 2: \\[ \\boxed {7} \\]", "stop", [0, 1], ("5", "7")),
+        ("Answer 1: so \\boxed{5}", "stop", [], (None, None)),
         ("Answer 1: 5", "stop", [], (None, None)),
         ("as in ### Problem 2 above\n##### Problem 2\n### Problem 2a\n", "stop", [], (None, None)),  # no headings
         ("", "stop", [], (None, None)),
@@ -456,13 +502,13 @@ def test_a_cut_off_completion_keeps_the_answers_that_a_marker_follows(order, sai
 def test_markdown_by_hand(text, finish, problems, answers):
     marks, found = read_markdown(text, finish, 2)
     assert found == answers
-    assert [problem for _, problem in marks] == problems
+    assert [mark.problem for mark in marks] == problems
 
 
 def test_numbers_of_two_digits_are_read_whole():
     text = "### Problem 1\nAnswer 1: \\boxed{1}\n### Problem 12\nAnswer 12: \\boxed{2}"
     marks, answers = read_markdown(text, "stop", 12)
-    assert marks == [(0, 0), (34, 11)]
+    assert marks == [Mark(0, 0), Mark(34, 11)]
     assert answers == ("1", *[None] * 10, "2")
 
 
