@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -116,7 +117,7 @@ def train(run: Run) -> None:
     print(f"checkpoint: {folder}")
 
 
-def step_metrics(judged: Sequence[Judged], live: Sequence[Example], total: int, sums: Mapping[str, float]) -> dict[str, float]:
+def step_metrics(judged: Sequence[Judged], live: Sequence[Example], total: int, sums: Mapping[str, float]) -> dict[str, Any]:
     """What a step's line in metrics.jsonl says: the measures of its rollouts and of its update. A pure function of the run's seed."""
     tokens = max(1.0, sums.get("tokens", 0.0))
     return {

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from bcr.records import Verdict
 from bcr.tasks.judging import Judged
 
 
-def summarise(rollouts: Sequence[Judged]) -> dict[str, float]:
+def summarise(rollouts: Sequence[Judged]) -> dict[str, Any]:
     """Means over the problems of the rollouts.
 
     `accuracy` with its standard error (problems taken as independent), `tokens_per_problem` (all completion tokens, rambling
     included, over the number of problems asked) with its standard error (rollouts taken as independent), `checks_per_problem`, and
     the share of each verdict; `truncated` is a share of rollouts, `entropy` the mean of -log p over the sampled tokens [nats per
     token], an unbiased estimate of the policy's entropy.
+    `tokens_correct` and `tokens_wrong` split length by outcome: tokens of all segments of a problem, averaged over the correct ones and
+    over all others that were opened; None where there are none.
     """
     if not rollouts:
         raise ValueError("there are no rollouts to summarise.")
@@ -24,6 +27,7 @@ def summarise(rollouts: Sequence[Judged]) -> dict[str, float]:
     problems = sum(verdicts.values())
     tokens = sum(len(judged.rollout.token_ids) for judged in rollouts)
     accuracy = verdicts[Verdict.CORRECT] / problems
+    lengths = [(verdict, length) for judged in rollouts for verdict, length in problem_lengths(judged)]
     return {
         "accuracy": accuracy,
         "accuracy_se": math.sqrt(accuracy * (1 - accuracy) / problems),
@@ -31,6 +35,8 @@ def summarise(rollouts: Sequence[Judged]) -> dict[str, float]:
         "tokens_per_problem_se": ratio_error(
             [len(judged.rollout.token_ids) for judged in rollouts], [len(judged.verdicts) for judged in rollouts]
         ),
+        "tokens_correct": mean([length for verdict, length in lengths if verdict is Verdict.CORRECT]),
+        "tokens_wrong": mean([length for verdict, length in lengths if verdict is not Verdict.CORRECT]),
         "checks_per_problem": sum(judged.checks for judged in rollouts) / problems,
         "problems": problems,
         "truncated": sum(judged.rollout.finish == "length" for judged in rollouts) / len(rollouts),
@@ -48,3 +54,15 @@ def ratio_error(amounts: Sequence[float], counts: Sequence[float]) -> float:
     ratio, pairs = sum(amounts) / sum(counts), len(counts)
     squares = math.fsum((amount - ratio * count) ** 2 for amount, count in zip(amounts, counts, strict=True))
     return math.sqrt(squares * pairs / max(1, pairs - 1)) / sum(counts)
+
+
+def problem_lengths(judged: Judged) -> list[tuple[Verdict, int]]:
+    """(verdict, tokens of its segments) of every problem that the rollout opened, in prompt order."""
+    tokens = Counter[int]()
+    for segment in judged.segments:
+        tokens[segment.problem] += segment.stop - segment.start
+    return [(judged.verdicts[problem], tokens[problem]) for problem in sorted(tokens)]
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None

@@ -45,7 +45,7 @@ class RunFiles:
         stream.flush()
         if name != "rollouts":
             for tracker in self.trackers:
-                tracker.log(record["step"], {key: value for key, value in record.items() if key != "step"})
+                tracker.log(record["step"], {key: value for key, value in record.items() if key != "step" and value is not None})
 
 
 def make_room(folder: Path, overwrite: bool) -> None:

@@ -1,10 +1,11 @@
 """Measures of a small set of judged rollouts, computed by hand, and the rollouts chosen to be shown."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from bcr.analysis.measures import summarise
+from bcr.analysis.measures import problem_lengths, summarise
 from bcr.analysis.transcripts import telling_rollouts, transcript
 from bcr.learner.packs import Example
 from bcr.records import Bundle, Problem, Rollout, Segment, Verdict
@@ -34,6 +35,8 @@ def test_measures_by_hand():
             "accuracy_se": math.sqrt(0.5 * 0.5 / 8),
             "tokens_per_problem": 5.0,
             "tokens_per_problem_se": math.sqrt((5**2 + 5**2 + 0) * 3 / 2) / 8,
+            "tokens_correct": 40 / 3,
+            "tokens_wrong": None,
             "checks_per_problem": 5 / 8,
             "problems": 8,
             "truncated": 1 / 3,
@@ -57,6 +60,16 @@ def test_shares_of_all_verdicts_add_up_to_one():
 def test_all_right_has_no_error_bar_and_rambling_counts():
     found = summarise([judged([RIGHT], 3), judged([RIGHT], 97)])
     assert (found["accuracy"], found["accuracy_se"], found["tokens_per_problem"]) == (1.0, 0.0, 50.0)
+
+
+def test_length_by_outcome_counts_every_segment_and_no_problem_that_was_never_opened():
+    """Problem 0 takes 3 + 2 tokens and is right, problem 1 takes 4 and is not; problem 2 was not reached. Then one right in 7."""
+    spans = (Segment(0, 0, 3), Segment(1, 3, 7), Segment(0, 7, 9))
+    first, second = replace(judged([RIGHT, WRONG, SILENT], 9), segments=spans), judged([RIGHT], 7)
+    assert problem_lengths(first) == [(RIGHT, 5), (WRONG, 4)]
+    found = summarise([first, second])
+    assert (found["tokens_correct"], found["tokens_wrong"]) == (6.0, 4.0)
+    assert summarise([judged([SILENT], 7)])["tokens_correct"] is None
 
 
 def test_nothing_to_summarise_is_said_so():
