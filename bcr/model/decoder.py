@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bcr.model.rotary import RopeScaling, Rotary, rotate
+
 # attention(layer, query[T,Q,D], key[T,K,D], value[T,K,D]) -> [T,Q,D]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -33,6 +35,7 @@ class DecoderConfig:
     head_dim: int
     max_position_embeddings: int
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     qk_norm: bool = True
     qkv_bias: bool = False
@@ -62,11 +65,12 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.companions: dict[str, bytes] = {}  # files that came with the checkpoint it was loaded from; see `bcr.model.huggingface`
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary = Rotary(config)
+        self.rotary = Rotary(config.head_dim, config.rope_theta, config.max_position_embeddings, config.rope_scaling)
 
     @property
     def head_weight(self) -> Tensor:
@@ -162,33 +166,3 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.unweighted(x) * self.weight
-
-
-class Rotary(nn.Module):
-    """cos and sin [T,1,D] of the angles position * theta^(-2i/D), the two halves of D rotated against each other (RoFormer, NeoX layout).
-
-    The sine of the left half carries the minus sign of the rotation.
-    """
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.head_dim, self.theta, self.positions = config.head_dim, config.rope_theta, config.max_position_embeddings
-        self.table: tuple[Tensor, Tensor] | None = None  # made at first use, on the device and in the dtype of the weights
-
-    def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        if self.table is None or self.table[0].device != position_ids.device:
-            exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device="cpu") / self.head_dim
-            angles = torch.outer(torch.arange(self.positions, dtype=torch.float64), self.theta**-exponent)
-            cos, sin = angles.cos(), angles.sin()
-            both = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-            self.table = tuple(half[:, None, :].float().to(position_ids.device) for half in both)  # type: ignore[assignment]
-            assert self.table is not None
-        cos, sin = self.table
-        return cos[position_ids], sin[position_ids]
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate x[T,heads,D] by the angles of its tokens."""
-    cos, sin = rotation
-    left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([right, left], dim=-1) * sin).to(x.dtype)

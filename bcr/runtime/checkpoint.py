@@ -28,8 +28,9 @@ def save_checkpoint(model: Decoder, tokenizer: Tokenizer, stop_token_ids: tuple[
         bos = tokenizer.token_to_id("<bos>")
         stops = list(stop_token_ids)
         save_pretrained(model, temporary, eos_token_id=stops[0] if len(stops) == 1 else stops, bos_token_id=bos)
-        tokenizer.save(str(temporary / "tokenizer.json"))
-        (temporary / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, stops[0], model), indent=2) + "\n")
+        if "tokenizer.json" not in model.companions:  # else it came with the model and is there, word for word
+            tokenizer.save(str(temporary / "tokenizer.json"))
+            (temporary / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, stops[0], model), indent=2) + "\n")
         (temporary / "README.md").write_text(card)
         for file in temporary.iterdir():
             sync(file)

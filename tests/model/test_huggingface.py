@@ -1,6 +1,9 @@
 """Checkpoints go to transformers and come back unchanged, and what cannot be loaded is refused in one sentence."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +11,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from bcr.model import Decoder, load_pretrained, save_pretrained
+from bcr.model import Decoder, DecoderConfig, load_pretrained, save_pretrained
 from bcr.model.attention import PackedAttention
 from bcr.model.huggingface import read_config, resolve, stop_token_ids
 
@@ -59,6 +74,45 @@ def test_what_we_save_we_load_bit_for_bit(family: str, tied: bool, dtype: torch.
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_shards_that_we_write_load_here_and_in_transformers(tied: bool, dtype: torch.dtype, tmp_path: Path, make_decoder) -> None:
+    """Saved over a checkpoint in one file, and one file saved over shards again: nothing of the earlier one is read."""
+    model, other = (make_decoder(seed=seed, tie_word_embeddings=tied, qkv_bias=False).to(dtype) for seed in (0, 1))
+    save_pretrained(other, tmp_path, eos_token_id=2)
+    save_pretrained(model, tmp_path, eos_token_id=2, shard_bytes=30_000)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert max(file.stat().st_size for file in files) < 60_000  # q, k, v stay together, and gate, up
+    for saved in (model, other):
+        assert torch.equal(logits(load_pretrained(tmp_path, dtype=dtype)), logits(saved))
+        peer = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert peer.dtype == dtype
+        theirs = peer.float()(TOKENS[None]).logits[0]
+        torch.testing.assert_close(logits(load_pretrained(tmp_path)), theirs, rtol=0, atol=1e-4)
+        save_pretrained(other, tmp_path, eos_token_id=2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("shard_bytes", "dtype"), [(10**9, "float32"), (60_000_000, "bfloat16")])
+def test_loading_needs_no_second_copy(shard_bytes: int, dtype: str, tmp_path: Path, make_decoder) -> None:
+    """200 MB in float32, the largest tensor 25 MB: the peak grows by the weights, 64 MB of a mapped file and a tensor."""
+    sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12}
+    config = DecoderConfig(**{**vars(make_decoder().config), **sizes, "vocab_size": 8000, "num_key_value_heads": 4, "head_dim": 64})
+    save_pretrained(Decoder(config), tmp_path, shard_bytes=shard_bytes)
+    save_pretrained(make_decoder(), tmp_path / "tiny")
+    program = Path(__file__).with_name("loading_memory.py")
+    shown = subprocess.run([sys.executable, program, tmp_path, dtype], capture_output=True, text=True, check=True, env=environment())
+    growth, weights = map(int, shown.stdout.split())
+    assert weights == 4 * 50_047_488 // (1 if dtype == "float32" else 2)
+    assert 0.95 * weights < growth < weights + 64_000_000 + 25_000_000
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("family", [Qwen3Config, Qwen2Config, LlamaConfig])
 @torch.no_grad()
@@ -102,6 +156,40 @@ def test_stop_tokens_come_from_the_generation_config(eos: int | list[int], expec
     assert (theirs.eos_token_id, theirs.bos_token_id) == (eos, 1)
     (tmp_path / "generation_config.json").unlink()
     assert stop_token_ids(tmp_path) == expected
+
+
+@torch.no_grad()
+def test_what_came_with_a_checkpoint_leaves_with_it(tmp_path: Path) -> None:
+    """A Qwen2-shaped checkpoint with chat template, generation defaults and keys that we do not know: all of it is there again."""
+    vocabulary = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, **{word: 3 + i for i, word in enumerate("abcu")}}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    template = "{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=template)
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen2Config(**sizes, num_key_value_heads=1, dtype="bfloat16", max_window_layers=17, attention_dropout=0.125)
+    peer = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    peer.generation_config = GenerationConfig(eos_token_id=[2, 0], bos_token_id=0, do_sample=True, temperature=0.6, top_p=0.95, top_k=20)
+    peer.save_pretrained(tmp_path / "theirs")
+
+    model = load_pretrained(tmp_path / "theirs")
+    stops = stop_token_ids(tmp_path / "theirs")
+    (tmp_path / "theirs").rename(tmp_path / "moved")  # nothing of it is needed any more
+    save_pretrained(model, tmp_path / "ours", eos_token_id=stops)
+    chat = [{"role": "user", "content": "a b"}, {"role": "user", "content": "c"}]
+    again = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert again.chat_template == template
+    assert again.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(chat, tokenize=False)
+    assert again("a c u").input_ids == tokenizer("a c u").input_ids == [3, 5, 6]
+    generation = GenerationConfig.from_pretrained(tmp_path / "ours")
+    assert generation.to_diff_dict() == GenerationConfig.from_pretrained(tmp_path / "moved").to_diff_dict()
+    assert (generation.eos_token_id, generation.temperature, generation.top_k) == ([2, 0], 0.6, 20)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert (loaded.dtype, loaded.config.max_window_layers, loaded.config.attention_dropout) == (torch.float32, 17, 0.125)
+    assert loaded.config.dtype == torch.float32  # the model was loaded, and so saved, in it
+    for mine, theirs in zip(loaded.parameters(), peer.parameters(), strict=True):
+        assert torch.equal(mine.to(torch.bfloat16), theirs)
 
 
 def test_a_model_that_could_never_stop_is_refused(tmp_path: Path, make_decoder) -> None:
@@ -164,8 +252,16 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "unexpected bias": (put("model.layers.0.self_attn.q_proj.bias", 64), "hold the tensor '.*q_proj.bias'"),
     "architecture": (configure(model_type="mamba"), "model_type is 'mamba'; supported are llama, qwen2, qwen3"),
     "no architecture": (configure(model_type="absent"), "model_type is None"),
-    "rope scaling": (configure(rope_parameters="absent", rope_scaling={"type": "yarn", "factor": 4.0}), "RoPE scaling 'yarn'"),
+    "rope scaling": (configure(rope_parameters="absent", rope_scaling={"type": "dynamic", "factor": 4.0}), "RoPE scaling 'dynamic'"),
     "rope parameters": (configure(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "RoPE scaling 'llama3'"),
+    "quantised": (configure(quantization_config={"quant_method": "fp8"}), "quantised weights are not supported"),
+    "quantised tensor": (
+        lambda folder: change_weights(folder, lambda state: state.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)})),
+        "'norm.weight' is stored as I8; quantised weights",
+    ),
+    "size of the wrong type": (configure(hidden_size="64"), "hidden_size is '64'; it must be a whole number"),
+    "config that is a list": (lambda folder: (folder / "config.json").write_text("[]"), "config.json is no JSON object"),
+    "index of nothing": (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "index.json is no index of shards"),
     "attention bias": (configure(attention_bias=True), "attention_bias"),
     "activation": (configure(hidden_act="gelu"), "hidden_act is 'gelu'"),
     "sliding window": (configure(use_sliding_window=True, sliding_window=8), "sliding"),

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from bcr.assemble import load_tokenizer, train_tokenizer
-from bcr.model import Decoder, huggingface, load_pretrained
+from bcr.model import Decoder, huggingface, load_pretrained, weights
 from bcr.model.attention import PackedAttention
 from bcr.model.huggingface import stop_token_ids
 from bcr.runtime import checkpoint
@@ -61,6 +61,15 @@ def test_several_stop_tokens_are_kept(model: Decoder, tokenizer: Tokenizer, tmp_
     assert stop_token_ids(folder) == [2, 7]
     assert GenerationConfig.from_pretrained(folder).eos_token_id == [2, 7]
     assert AutoTokenizer.from_pretrained(folder).eos_token_id == 2
+
+
+def test_a_loaded_model_keeps_its_own_tokenizer_files(model: Decoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Byte for byte, whatever another version of `tokenizers` would write; and its chat template."""
+    first = save_checkpoint(model, tokenizer, (2, 7), tmp_path / "first", "")
+    (first / "tokenizer.json").write_text((first / "tokenizer.json").read_text() + "\n\n")
+    (first / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    second = save_checkpoint(load_pretrained(first), tokenizer, (2, 7), tmp_path / "second", "another card")
+    assert contents(second) == contents(first) | {"README.md": b"another card"}
 
 
 def test_the_tokenizer_of_the_embedded_world_survives(make_decoder, tmp_path: Path) -> None:
@@ -141,7 +150,7 @@ def only_for(name: str, fail: Callable[..., None], original: Callable[..., objec
 
 
 FAILURES: dict[str, Callable[[pytest.MonkeyPatch, Callable[..., None]], None]] = {
-    "weights": lambda patch, fail: patch.setattr(huggingface, "save_file", fail),
+    "weights": lambda patch, fail: patch.setattr(weights, "save_file", fail),
     "config": lambda patch, fail: patch.setattr(huggingface, "write_json", fail),
     "tokenizer": lambda patch, fail: patch.setattr(checkpoint, "tokenizer_config", fail),
     "card": lambda patch, fail: patch.setattr(Path, "write_text", only_for("README", fail, Path.write_text)),
