@@ -1,13 +1,14 @@
-"""How the head's benches measure: fixed work, warm-up, the median of several runs, peers in the same run, the physical limit beside it.
+"""How the head's benches measure: fixed work, warm-up, the median of several rounds, peers in the same rounds, the limit beside it.
 
 Seconds are wall time between two device synchronisations. Memory is the peak above what stood before the call, less the gradients that
-the call returns; on a CPU it is the rise of the resident set (Linux), which misses what the allocator had kept: read it for large cases.
-The matmul peak is the rate of one square product in the dtype of
+the call returns; on a CPU it is the rise of the resident set (Linux). The matmul peak is the rate of one square product in the dtype of
 the run: the limit that no path can beat without doing less work.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import statistics
 import time
@@ -37,22 +38,19 @@ def default_device() -> str:
 
 
 def matmul_peak(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of one product, the median of seven: 8192 cubed on CUDA, 1024 cubed on a CPU."""
-    size = 8192 if device == "cuda" else 1024
+    """FLOP/s of one product, the fastest of ten, for it serves as a limit: 8192 cubed on CUDA, 2048 cubed on a CPU."""
+    size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / median_seconds(lambda: torch.mm(a, b), device, repeats=7)
+    return 2 * size**3 / min(seconds_of(lambda: torch.mm(a, b), device) for _ in range(10))
 
 
-def median_seconds(run: Callable[[], Any], device: str, repeats: int) -> float:
-    run()  # warm-up: compilation, allocation
-    seconds = []
-    for _ in range(repeats):
-        _synchronise(device)
-        begun = time.perf_counter()
-        run()
-        _synchronise(device)
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds)
+def seconds_of(run: Callable[[], Any], device: str) -> float:
+    """Wall time of one call, between two device synchronisations."""
+    _synchronise(device)
+    begun = time.perf_counter()
+    run()
+    _synchronise(device)
+    return time.perf_counter() - begun
 
 
 def peak_bytes(run: Callable[[], Any], leaves: list[Tensor], device: str) -> int:
@@ -79,6 +77,10 @@ def _reset_peak(device: str) -> int:
         return torch.cuda.memory_allocated()
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc: what the allocator kept goes back to the system
+        if trim is not None:
+            trim(0)
         clear.write_text("5")
     return _resident_peak()
 
@@ -91,33 +93,45 @@ def _resident_peak() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
 
 
-def measure(
-    name: str,
-    what: str,
-    run: Callable[[], Any],
-    leaves: list[Tensor],
-    *,
-    flop: float,
-    peak: float,
-    device: str,
-    repeats: int,
-    error: float | None,
-) -> Measurement:
-    """`flop` is the arithmetic that the task cannot avoid; share_of_peak is its time at `peak` over the time taken."""
+@dataclass(frozen=True)
+class Contender:
+    """One thing to measure. `flop` is the arithmetic that the task cannot avoid; gradients are left in `leaves`."""
 
-    def fresh() -> None:
-        for leaf in leaves:
-            leaf.grad = None
-        run()
-
-    seconds = median_seconds(fresh, device, repeats)
-    return Measurement(name, what, seconds, peak_bytes(run, leaves, device), flop / peak / seconds, error)
+    name: str
+    what: str
+    run: Callable[[], Any]
+    leaves: list[Tensor]
+    flop: float
+    error: float | None
 
 
-def print_row(result: Measurement) -> None:
-    error = "" if result.error is None else f"{result.error:.1e}"
-    line = f"  {result.name:34} {result.what:20} {result.seconds * 1e3:10.2f} ms {result.bytes / 1e6:9.1f} MB"
-    print(f"{line} {100 * result.share_of_peak:6.1f} %  {error}", flush=True)
+def measure(contenders: list[Contender], *, peak: float, device: str, repeats: int) -> list[Measurement]:
+    """One warm-up each, then `repeats` rounds in which everybody runs once, so that a slow minute of the machine hits all alike.
+
+    share_of_peak is the time of `flop` at `peak` over the median time taken.
+    """
+    for contender in contenders:
+        contender.run()
+    memory = [peak_bytes(contender.run, contender.leaves, device) for contender in contenders]
+    rounds = [[once(contender, device) for contender in contenders] for _ in range(repeats)]
+    medians = [statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
+    return [
+        Measurement(c.name, c.what, seconds, held, c.flop / peak / seconds, c.error)
+        for c, seconds, held in zip(contenders, medians, memory, strict=True)
+    ]
+
+
+def once(contender: Contender, device: str) -> float:
+    for leaf in contender.leaves:
+        leaf.grad = None
+    return seconds_of(contender.run, device)
+
+
+def print_rows(results: list[Measurement]) -> None:
+    for result in results:
+        error = "" if result.error is None else f"{result.error:.1e}"
+        line = f"  {result.name:34} {result.what:20} {result.seconds * 1e3:10.2f} ms {result.bytes / 1e6:9.1f} MB"
+        print(f"{line} {100 * result.share_of_peak:6.1f} %  {error}", flush=True)
 
 
 def print_header(title: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bcr_kernels import linear_logprob
 from bcr_kernels.reference import materialised_logprob
-from bench._protocol import Measurement, default_device, matmul_peak, measure, print_header, print_json, print_row
+from bench._protocol import Contender, default_device, matmul_peak, measure, print_header, print_json, print_rows
 
 Path = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden[T, H], weight[V, H], targets[T] -> log-prob[T]
 CUDA_CASES = [(tokens, *head) for tokens in (2048, 8192, 32_768) for head in ((1536, 151_936), (2560, 151_936), (4096, 128_256))]
@@ -125,7 +125,7 @@ def run_case(case: tuple[int, int, int], arguments: argparse.Namespace, device: 
     print_header(
         f"T = {tokens}, H = {width}, V = {vocab}: limit {2e3 * tokens * width * vocab / peak:.2f} ms forward, three times that in all"
     )
-    results: list[Measurement] = []
+    contenders: list[Contender] = []
     for name, path in run.items():
         error = error_of(path, hidden, weight, targets)
 
@@ -138,11 +138,9 @@ def run_case(case: tuple[int, int, int], arguments: argparse.Namespace, device: 
             out.backward(None if out.ndim == 0 else upstream.to(out.dtype))
 
         for what, function, factor in (("forward", forward, 2), ("forward+backward", both, 6)):
-            flop = factor * tokens * width * vocab
-            leaves = [hidden, weight]
-            result = measure(name, what, function, leaves, flop=flop, peak=peak, device=device, repeats=arguments.repeats, error=error)
-            print_row(result)
-            results.append(result)
+            contenders.append(Contender(name, what, function, [hidden, weight], factor * tokens * width * vocab, error))
+    results = measure(contenders, peak=peak, device=device, repeats=arguments.repeats)
+    print_rows(results)
     return {"tokens": tokens, "width": width, "vocab": vocab, "results": results}
 
 

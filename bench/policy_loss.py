@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bcr_kernels import LossRule, linear_logprob, linear_policy_loss, policy_loss, token_mean_weights
-from bench._protocol import Measurement, default_device, matmul_peak, measure, print_header, print_json, print_row
+from bench._protocol import Contender, default_device, matmul_peak, measure, print_header, print_json, print_rows
 from bench.linear_logprob import chosen_cases, error_of, inputs, materialised, parse
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, targets -> 0-d loss
@@ -109,18 +109,15 @@ def run_case(
     weight.requires_grad_()
     flop = 6 * pack.active * width * vocab
     print_header(f"T = {tokens}, H = {width}, V = {vocab}, {idle:.0%} without gradient: limit {1e3 * flop / peak:.2f} ms")
-    results: list[Measurement] = []
+    contenders: list[Contender] = []
     for name, loss in losses(pack, device, arguments.compile)[0].items():
 
         def both(loss: Loss = loss) -> None:
             loss(hidden, weight, targets).backward()
 
-        leaves, error = [hidden, weight], errors.get(name)
-        result = measure(
-            name, "forward+backward", both, leaves, flop=flop, peak=peak, device=device, repeats=arguments.repeats, error=error
-        )
-        print_row(result)
-        results.append(result)
+        contenders.append(Contender(name, "forward+backward", both, [hidden, weight], flop, errors.get(name)))
+    results = measure(contenders, peak=peak, device=device, repeats=arguments.repeats)
+    print_rows(results)
     return {"tokens": tokens, "width": width, "vocab": vocab, "idle": idle, "results": results}
 
 
