@@ -49,7 +49,7 @@ class Run:
 
 def prepare(config: TrainConfig) -> Run:
     """Check everything and load the model. Raises ValueError, with one sentence, before anything expensive starts."""
-    for section in (config.advantage, config.loss, config.optimizer):
+    for section in (config.reward, config.advantage, config.loss, config.optimizer):
         section.check()
     positive = {"steps": config.steps, "bundles.per_step": config.bundles.per_step, "checkpoint_every": config.checkpoint_every}
     for name, value in positive.items():
@@ -87,7 +87,7 @@ def train(run: Run) -> None:
                 groups = run.sampler.generate([as_request(bundle) for bundle in bundles], run.params)
             with clock("grading"):
                 judged = judge(bundles, groups, dialect, run.grader)
-                examples = make_examples(judged, config.advantage)
+                examples = make_examples(judged, config.advantage, config.reward)
             with clock("learning"):
                 total = Denominators.of(example.segments for example in examples)
                 live = [example for example in examples if example.has_signal]
@@ -140,7 +140,8 @@ def title(config: TrainConfig) -> str:
     sizes = ", ".join(map(str, config.bundles.sizes))
     batch = f"{config.bundles.per_step} bundles x {config.bundles.group} rollouts"
     budget = f"{config.bundles.budget} shared" if config.bundles.budget else f"{config.bundles.budget_per_problem} a problem"
-    return f"{what}: N = {sizes}, budget {budget}, {batch}, {config.advantage.scope} credit"
+    reward = "" if config.reward.kind == "accuracy" else f", {config.reward.kind} reward"
+    return f"{what}: N = {sizes}, budget {budget}, {batch}, {config.advantage.scope} credit{reward}"
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def one_step(run: Run, sampler: Sampler, pool: GraderPool, clock: Clock) -> dict
         bundles = run.bundles.take(config.bundles.per_step)
         groups = sampler.generate([as_request(bundle) for bundle in bundles], run.params)
     with clock("grading"):
-        examples = make_examples(judge(bundles, groups, run.task.dialect, pool), config.advantage)
+        examples = make_examples(judge(bundles, groups, run.task.dialect, pool), config.advantage, config.reward)
     with clock("learning"):
         total = Denominators.of(example.segments for example in examples)
         live = [example for example in examples if example.has_signal]

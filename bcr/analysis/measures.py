@@ -58,10 +58,7 @@ def ratio_error(amounts: Sequence[float], counts: Sequence[float]) -> float:
 
 def problem_lengths(judged: Judged) -> list[tuple[Verdict, int]]:
     """(verdict, tokens of its segments) of every problem that the rollout opened, in prompt order."""
-    tokens = Counter[int]()
-    for segment in judged.segments:
-        tokens[segment.problem] += segment.stop - segment.start
-    return [(judged.verdicts[problem], tokens[problem]) for problem in sorted(tokens)]
+    return [(verdict, tokens) for verdict, tokens in zip(judged.verdicts, judged.tokens_by_problem, strict=True) if tokens]
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from bcr.learner.advantages import AdvantageConfig
 from bcr.learner.losses import LossConfig
+from bcr.learner.rewards import RewardConfig
 from bcr.learner.step import OptimizerConfig
 
 
@@ -94,6 +95,7 @@ class TrainConfig:
     bundles: BundleConfig = field(default_factory=BundleConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     grading: GradingConfig = field(default_factory=GradingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

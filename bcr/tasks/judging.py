@@ -32,6 +32,14 @@ class Judged:
         return [float(verdict is Verdict.CORRECT) for verdict in self.verdicts]
 
     @property
+    def tokens_by_problem(self) -> list[int]:
+        """Tokens of all segments of each problem, in prompt order; 0 for one that was never opened. Their sum is the completion."""
+        tokens = [0] * len(self.verdicts)
+        for segment in self.segments:
+            tokens[segment.problem] += segment.stop - segment.start
+        return tokens
+
+    @property
     def accuracy(self) -> float:
         return sum(self.rewards) / len(self.verdicts)
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from bcr.learner.advantages import EPSILON, AdvantageConfig, discounted_returns, group_advantages, normalise, responsible_problems
 from bcr.learner.credit import make_examples
+from bcr.learner.rewards import RewardConfig
 from bcr.records import Bundle, Problem, Rollout, Segment, Verdict
 from bcr.tasks.judging import Judged
 
@@ -245,7 +246,7 @@ def test_examples_keep_the_order_of_the_groups_and_those_without_signal():
 
     right, wrong = (Verdict.CORRECT, Verdict.CORRECT), (Verdict.TIMEOUT, Verdict.CORRECT)
     groups = [[judged("one", right, 3), judged("one", wrong, 4)], [judged("other", right, 5), judged("other", right, 6)]]
-    made = make_examples(groups, CENTRED)
+    made = make_examples(groups, CENTRED, RewardConfig())
     assert [len(example.token_ids) for example in made] == [3, 4, 5, 6]
     assert [example.prompt_ids for example in made] == [[1, 2, 3], [1, 2, 3], [1, 2, 5], [1, 2, 5]]
     assert [example.advantages for example in made] == [[0.5, 0.0], [-0.5, 0.0], [0.0, 0.0], [0.0, 0.0]]
