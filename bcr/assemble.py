@@ -16,7 +16,7 @@ from bcr.runtime.schema import DataConfig, DialectConfig, GradingConfig, ModelCo
 from bcr.sampler import Sampler
 from bcr.tasks.arithmetic import ArithmeticDialect, ArithmeticProblems
 from bcr.tasks.bundles import Budget, Problems, longest_prompt
-from bcr.tasks.chat import ChatTemplate, read_chat_template
+from bcr.tasks.chat import read_chat_template
 from bcr.tasks.dialect import Dialect
 from bcr.tasks.grader_pool import GraderPool
 from bcr.tasks.problems import ShuffledProblems, read_jsonl
@@ -47,27 +47,32 @@ def assemble(model: ModelConfig, data: DataConfig, dialect: DialectConfig, seed:
         raise ValueError("data.path is null; data.kind=jsonl needs a file.")
     finite = read_jsonl(data.path, data.question, data.answer) if data.kind == "jsonl" and data.path else None
     problems: Problems = ShuffledProblems(finite, seed) if finite else ArithmeticProblems(data.split, seed, data.operations)  # type: ignore[arg-type]
-    chat: ChatTemplate | None = None
-    if model.random is not None:
-        if finite is None:
-            raise ValueError("model.random trains its tokenizer on the data's text: use it with data.kind=jsonl.")
-        tokenizer = train_tokenizer([f"{problem.question}\n{problem.answer}" for problem in finite], model.random.vocab_size)
-        vocabulary = tokenizer.get_vocab()
-        decoder, stops = random_decoder(model.random, len(vocabulary), seed), [vocabulary["<eos>"]]
-    else:
-        assert model.path is not None
-        folder = model_folder(model.path)
-        config = read_config(folder)
-        tokenizer = load_tokenizer(folder)
-        stops = stop_token_ids(folder)
-        if tokenizer.get_vocab_size() > config.vocab_size:
-            raise ValueError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only {config.vocab_size}.")
-        chat = read_chat_template(folder, dialect.system, dialect.thinking) if dialect.chat else None
-        decoder = load_pretrained(folder)
-    if data.kind == "arithmetic":
-        return Task(decoder.to(device), ArithmeticDialect(tokenizer), problems, None)
-    spoken = TextDialect(tokenizer, stops, dialect.form, chat, dialect.answers_in_thinking)
+    if model.random is None:
+        return Task(*load_model(model, data.kind, dialect, device), problems, finite)
+    if finite is None:
+        raise ValueError("model.random trains its tokenizer on the data's text: use it with data.kind=jsonl.")
+    tokenizer = train_tokenizer([f"{problem.question}\n{problem.answer}" for problem in finite], model.random.vocab_size)
+    vocabulary = tokenizer.get_vocab()
+    decoder = random_decoder(model.random, len(vocabulary), seed)
+    spoken = TextDialect(tokenizer, [vocabulary["<eos>"]], dialect.form, None, dialect.answers_in_thinking)
     return Task(decoder.to(device), spoken, problems, finite)
+
+
+def load_model(model: ModelConfig, kind: str, dialect: DialectConfig, device: torch.device) -> tuple[Decoder, Dialect]:
+    """The checkpoint at `model.path` and the dialect it is spoken to in: that of the embedded world where `kind` is "arithmetic"."""
+    assert model.path is not None
+    folder = model_folder(model.path)
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model only {config.vocab_size}.")
+    spoken: Dialect
+    if kind == "arithmetic":
+        spoken = ArithmeticDialect(tokenizer)
+    else:
+        chat = read_chat_template(folder, dialect.system, dialect.thinking) if dialect.chat else None
+        spoken = TextDialect(tokenizer, stop_token_ids(folder), dialect.form, chat, dialect.answers_in_thinking)
+    return load_pretrained(folder).to(device), spoken
 
 
 def check_context(task: Task, sizes: Iterable[int], budget: Budget) -> None:

@@ -198,7 +198,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, monk
         saved.append(file)
         save_file(state, file, metadata)
 
-    monkeypatch.setattr("bcr.model.huggingface.save_file", fills_up)
+    monkeypatch.setattr("bcr.model.weights.save_file", fills_up)
     with pytest.raises(OSError, match="No space left"):
         run_training(tmp_path / "run", "checkpoint_every=1", "steps=2")
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
