@@ -63,3 +63,14 @@ def problem_lengths(judged: Judged) -> list[tuple[Verdict, int]]:
 
 def mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval for a share of `count` independent trials (95 % by default): inside [0, 1], also at 0 and 1.
+
+    >>> wilson(0.0, 96)[0], round(wilson(0.0, 96)[1], 3)
+    (0.0, 0.038)
+    """
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
