@@ -23,7 +23,7 @@ from bcr.learner.step import optimizer_step
 from bcr.runtime.checkpoint import save_checkpoint
 from bcr.runtime.clock import Clock
 from bcr.runtime.config import as_plain, command_line, launch
-from bcr.runtime.console import TrainingConsole
+from bcr.runtime.console import StepConsole, TrainingConsole
 from bcr.runtime.host import choose_device, settle_in
 from bcr.runtime.model_card import model_card
 from bcr.runtime.outputs import RunFiles, check_trackers, make_room
@@ -75,12 +75,12 @@ def prepare(config: TrainConfig) -> Run:
     return Run(config, task, bundles, sampler, grader, params, device)
 
 
-def train(run: Run) -> None:
-    """The loop. Everything it learns from is sampled in the same step (on-policy)."""
+def train(run: Run, console: StepConsole | None = None) -> None:
+    """The loop. Everything it learns from is sampled in the same step (on-policy). `console` is told of every step."""
     config, model, dialect = run.config, run.task.model, run.task.dialect
     optimizer = config.optimizer.build(model)
     clock = Clock()
-    with run.grader, RunFiles(config) as files, TrainingConsole(config.steps, title(config)) as console:
+    with run.grader, RunFiles(config) as files, console or TrainingConsole(config.steps, title(config)) as told:
         for step in range(config.steps):
             with clock("sampling"):
                 bundles = run.bundles.take(config.bundles.per_step)
@@ -108,7 +108,7 @@ def train(run: Run) -> None:
             files.write("timings", {"step": step + 1, **clock.seconds})
             for record in telling_rollouts(judged, examples, dialect, config.logging.rollouts):
                 files.write("rollouts", {"step": step + 1, **record})
-            console.step(step + 1, {**metrics, **clock.seconds})
+            told.step(step + 1, {**metrics, **clock.seconds})
             last = step + 1 == config.steps
             if last or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
                 folder = Path(config.output) / "checkpoints" / f"step-{step + 1:06d}"

@@ -20,9 +20,10 @@ def telling_rollouts(groups: Sequence[Sequence[Judged]], examples: Sequence[Exam
     return [{"kind": kind, **transcript(judged[index], examples[index], dialect)} for kind, index in chosen]
 
 
-def transcript(judged: Judged, example: Example, dialect: Dialect) -> dict[str, Any]:
-    """One rollout: its problems with gold answers and verdicts, and its text segment by segment with advantages."""
+def transcript(judged: Judged, example: Example | None, dialect: Dialect) -> dict[str, Any]:
+    """One rollout: its problems with gold answers and verdicts, and its text segment by segment with advantages (None in an evaluation)."""
     tokens = judged.rollout.token_ids
+    advantages = example.advantages if example else [None] * len(judged.segments)
     return {
         "bundle": judged.bundle.id,
         "finish": judged.rollout.finish,
@@ -39,6 +40,6 @@ def transcript(judged: Judged, example: Example, dialect: Dialect) -> dict[str, 
                 "advantage": advantage,
                 "text": dialect.tokenizer.decode(tokens[segment.start : segment.stop], skip_special_tokens=False),
             }
-            for segment, advantage in zip(judged.segments, example.advantages, strict=True)
+            for segment, advantage in zip(judged.segments, advantages, strict=True)
         ],
     }

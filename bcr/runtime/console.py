@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -25,6 +26,18 @@ COLUMNS = (  # heading, metric, format
 )
 
 
+class StepConsole(Protocol):
+    """Who is told of every step of a training run: a context manager around the loop."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def step(self, number: int, values: Mapping[str, Any]) -> None:
+        """Step `number` (from 1) is done; `values` are its metrics and timings."""
+        ...
+
+
 class TrainingConsole:
     """A context manager; call `step` once for every step."""
 
@@ -44,7 +57,7 @@ class TrainingConsole:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def step(self, number: int, values: Mapping[str, float]) -> None:
+    def step(self, number: int, values: Mapping[str, Any]) -> None:
         cells = [pattern.format(values[name]).rjust(len(heading)) for heading, name, pattern in COLUMNS]
         self.console.print(f"{number:5d}  " + "  ".join(cells))
         left = (time.perf_counter() - self.begun) / number * (self.steps - number)
