@@ -153,6 +153,10 @@ class ArithmeticDialect:
         return sum(token == self.ids["check"] for token in token_ids)
 
     def encode(self, words: Sequence[str]) -> list[int]:
+        """ValueError for a word that this world does not have."""
+        unknown = next((word for word in words if word not in self.ids), None)
+        if unknown is not None:
+            raise ValueError(f"{unknown!r} is no word of the embedded world; its questions look like '7 + 3 * 5', with numbers 0 to 12.")
         return [self.ids[word] for word in words]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bcr import demo, evaluate, train, warmstart
+from bcr import demo, evaluate, solve, train, warmstart
 from bcr.runtime.config import compose
 from bcr.runtime.schema import EvaluateConfig, TrainConfig
 
@@ -16,6 +16,7 @@ PROGRAMS = {
     "train": (TrainConfig, train.prepare),
     "evaluate": (EvaluateConfig, evaluate.prepare),
     "warmstart": (warmstart.WarmStartConfig, warmstart.prepare),
+    "solve": (solve.SolveConfig, solve.prepare),
     "demo": (demo.DemoConfig, demo.prepare),
 }
 
@@ -39,7 +40,7 @@ def outputs(tmp_path, monkeypatch):
 def test_every_program_line_passes_its_own_checks(command, outputs):
     words = shlex.split(command.removeprefix("-m bcr."), comments=True)
     schema, prepare = PROGRAMS[words[0]]
-    overrides = [word for word in words[1:] if not word.startswith("[key=")]
+    overrides = [word if "=" in word else f"input={word}" for word in words[1:] if not word.startswith("[key=")]
     elsewhere = ["output=new"] if words[0] == "train" else []
     prepare(compose(words[0], [*overrides, *elsewhere], schema))
 

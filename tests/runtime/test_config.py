@@ -16,11 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 from bcr.demo import DemoConfig
 from bcr.runtime.config import as_plain, compose, config_folder, one_sentence, typed
 from bcr.runtime.schema import EvaluateConfig, TrainConfig
+from bcr.solve import SolveConfig
 from bcr.warmstart import WarmStartConfig
 
-PROGRAMS = {"train": TrainConfig, "evaluate": EvaluateConfig, "warmstart": WarmStartConfig, "demo": DemoConfig}
+PROGRAMS = {"train": TrainConfig, "evaluate": EvaluateConfig, "solve": SolveConfig, "warmstart": WarmStartConfig, "demo": DemoConfig}
 OPTIONS = {group: sorted(file.stem for file in (config_folder() / group).glob("*.yaml")) for group in ("model", "data", "experiment")}
 NEEDED = {"folder": ["model.path=somewhere"], "jsonl": ["data.path=somewhere.jsonl"]}
+ASKED = {"solve": ["input=somewhere.jsonl"]}  # what has no default
 
 
 def composed(name: str, overrides: list[str]) -> DictConfig:
@@ -67,7 +69,7 @@ def test_yaml_and_dataclass_know_the_same_keys(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "overrides"), [(name, overrides) for name in PROGRAMS for overrides in [[], *choices(name)]], ids=str)
 def test_every_option_composes(name: str, overrides: list[str]) -> None:
-    config = compose(name, overrides, PROGRAMS[name])
+    config = compose(name, [*ASKED.get(name, []), *overrides], PROGRAMS[name])
     assert isinstance(config, PROGRAMS[name])
     assert as_plain(config)
 
