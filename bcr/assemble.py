@@ -45,6 +45,7 @@ def assemble(model: ModelConfig, data: DataConfig, dialect: DialectConfig, seed:
         raise ValueError("model.path and model.random: give exactly one of them.")
     if data.kind == "jsonl" and data.path is None:
         raise ValueError("data.path is null; data.kind=jsonl needs a file.")
+    dtype = working_dtype(model.dtype, device)
     finite = read_jsonl(data.path, data.question, data.answer) if data.kind == "jsonl" and data.path else None
     problems: Problems = ShuffledProblems(finite, seed) if finite else ArithmeticProblems(data.split, seed, data.operations)  # type: ignore[arg-type]
     if model.random is None:
@@ -53,9 +54,10 @@ def assemble(model: ModelConfig, data: DataConfig, dialect: DialectConfig, seed:
         raise ValueError("model.random trains its tokenizer on the data's text: use it with data.kind=jsonl.")
     tokenizer = train_tokenizer([f"{problem.question}\n{problem.answer}" for problem in finite], model.random.vocab_size)
     vocabulary = tokenizer.get_vocab()
-    decoder = random_decoder(model.random, len(vocabulary), seed)
+    decoder = random_decoder(model.random, len(vocabulary), seed).to(device, dtype)
+    decoder.activation_checkpointing = model.activation_checkpointing
     spoken = TextDialect(tokenizer, [vocabulary["<eos>"]], dialect.form, None, dialect.answers_in_thinking)
-    return Task(decoder.to(device), spoken, problems, finite)
+    return Task(decoder, spoken, problems, finite)
 
 
 def load_model(model: ModelConfig, kind: str, dialect: DialectConfig, device: torch.device) -> tuple[Decoder, Dialect]:
@@ -72,7 +74,17 @@ def load_model(model: ModelConfig, kind: str, dialect: DialectConfig, device: to
     else:
         chat = read_chat_template(folder, dialect.system, dialect.thinking) if dialect.chat else None
         spoken = TextDialect(tokenizer, stop_token_ids(folder), dialect.form, chat, dialect.answers_in_thinking)
-    return load_pretrained(folder).to(device), spoken
+    decoder = load_pretrained(folder, dtype=working_dtype(model.dtype, device), device=device)
+    decoder.activation_checkpointing = model.activation_checkpointing
+    return decoder, spoken
+
+
+def working_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the weights that trainer and sampler compute with: "auto" is bfloat16 on CUDA and float32 on a CPU."""
+    dtypes = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        raise ValueError(f"model.dtype is {name!r}; it must be one of {', '.join(dtypes)}.")
+    return dtypes[name]
 
 
 def check_context(task: Task, sizes: Iterable[int], budget: Budget) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from bcr.learner.masters import MasterAdamW
 from bcr.learner.packs import Pack
 from bcr.model import Decoder
 from bcr.model.attention import PackedAttention
@@ -32,17 +34,23 @@ class OptimizerConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas is {self.betas}; it must be two numbers from 0 up to, but not including, 1.")
 
-    def build(self, model: Decoder) -> torch.optim.AdamW:
+    def build(self, model: Decoder) -> MasterAdamW:
+        """AdamW with float32 state, whatever the dtype of the model's weights."""
         beta1, beta2 = self.betas
-        return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=(beta1, beta2), weight_decay=self.weight_decay, fused=True)
+        return MasterAdamW(model.parameters(), lr=self.lr, betas=(beta1, beta2), weight_decay=self.weight_decay, fused=True)
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step` (from 0)."""
         return self.lr * min(1.0, (step + 1) / max(1, self.warmup_steps))
 
 
-def pack_loss(model: Decoder, pack: Pack, rule: LossRule, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """The pack's share of the step's loss, and sums for the log. No [T,V] tensor of the whole pack is ever made."""
+def pack_loss(
+    model: Decoder, pack: Pack, rule: LossRule, temperature: float, head_gradient: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The pack's share of the step's loss, and sums for the log. No [T,V] tensor of the whole pack is ever made.
+
+    `head_gradient`: float32 [V,H], to which the backward adds the gradient of a narrow head's weight instead of rounding it.
+    """
     hidden = model(pack.input_ids, pack.position_ids, PackedAttention(pack.lengths, pack.input_ids.device))
     output = linear_policy_loss(
         hidden,
@@ -54,6 +62,7 @@ def pack_loss(model: Decoder, pack: Pack, rule: LossRule, temperature: float) ->
         weights=pack.weights,
         rule=rule,
         temperature=temperature,
+        weight_grad_accumulator=head_gradient,
     )
     return output.loss, output.metrics
 
@@ -68,17 +77,23 @@ def optimizer_step(
     lr: float,
     grad_clip: float,
 ) -> dict[str, float]:
-    """Accumulate the gradient over the packs, clip it, update. Without a pack, or with a gradient that is not finite, nothing changes."""
+    """Accumulate the gradient over the packs in float32, clip it, update.
+
+    Without a pack, or with a gradient that is not finite, nothing changes.
+    """
     sums: dict[str, Tensor] = {}
     empty = True
-    for pack in packs:
-        loss, metrics = pack_loss(model, pack, rule, temperature)
-        loss.backward()
-        empty = False
-        sums = add_metrics(sums, metrics)
+    masters = optimizer if isinstance(optimizer, MasterAdamW) else None
+    with masters.collecting() if masters else contextlib.nullcontext():
+        for pack in packs:
+            head_gradient = masters.accumulator(model.head_weight) if masters else None
+            loss, metrics = pack_loss(model, pack, rule, temperature, head_gradient)
+            loss.backward()
+            empty = False
+            sums = add_metrics(sums, metrics)
     if empty:
         return {"grad_norm": 0.0, "updated": 0.0}
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    grad_norm = torch.nn.utils.clip_grad_norm_([weight for group in optimizer.param_groups for weight in group["params"]], grad_clip)
     updated = bool(torch.isfinite(grad_norm))
     if updated:
         for group in optimizer.param_groups:

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from bcr.model.rotary import RopeScaling, Rotary, rotate
 
@@ -65,8 +68,9 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # True: the backward computes each layer's activations again instead of keeping them
         self.companions: dict[str, bytes] = {}  # files that came with the checkpoint it was loaded from; see `bcr.model.huggingface`
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -77,11 +81,23 @@ class Decoder(nn.Module):
         """The output projection [V,H]; the embedding itself where the two are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T,V] of hidden[T,H] for sampling, never rounded below float32: as the learner's head computes them (contract 1)."""
+        weight = self.head_weight
+        if weight.dtype not in (torch.bfloat16, torch.float16):
+            return F.linear(hidden, weight)
+        if hidden.is_cuda:
+            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return F.linear(hidden.float(), weight.float())
+
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
         hidden = self.embed_tokens(input_ids)
         rotation = self.rotary(position_ids)
         for layer in self.layers:
-            hidden = layer(hidden, rotation, attention)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, rotation, attention, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = layer(hidden, rotation, attention)
         return self.norm(hidden)
 
     @torch.no_grad()
@@ -98,6 +114,36 @@ class Decoder(nn.Module):
                 onto_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * (residual_std if onto_residual else std))
         return self
+
+
+class TokenEmbedding(nn.Embedding):
+    """The rows of the given ids; on a CPU the gradient of a narrow weight is summed in float32 and rounded once.
+
+    torch adds it up there in the weight's own dtype, where the sum over a frequent token stops growing. On CUDA torch sums in float32.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu":
+            return _Lookup.apply(input, self.weight)
+        return super().forward(input)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        present, row = ids.unique(return_inverse=True)
+        summed = torch.zeros(len(present), ctx.shape[1], dtype=torch.float32).index_add_(0, row, upstream.float())
+        gradient = torch.zeros(ctx.shape, dtype=upstream.dtype)
+        gradient[present] = summed.to(upstream.dtype)
+        return None, gradient
 
 
 class DecoderLayer(nn.Module):

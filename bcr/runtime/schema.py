@@ -28,6 +28,8 @@ class RandomModel:
 class ModelConfig:
     path: str | None = None
     random: RandomModel | None = None
+    dtype: str = "auto"
+    activation_checkpointing: bool = False
 
 
 @dataclass

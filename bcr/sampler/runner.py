@@ -6,7 +6,6 @@ Both call the decoder that is being trained; only the attention object differs: 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bcr.model import Decoder
@@ -42,7 +41,7 @@ def decode(model: Decoder, cache: KVCache, slots: slice, token_ids: Tensor, posi
     """Logits [B,V] after one more token in each of the B slots; `positions` [B] is where that token stands (= tokens cached before it)."""
     attention = CachedAttention(cache, slots, positions)
     hidden = model(token_ids, positions, attention)
-    return F.linear(hidden, model.head_weight)
+    return model.logits(hidden)
 
 
 class CachedAttention:

@@ -152,6 +152,36 @@ def test_bfloat16_errs_no_more_than_transformers(tmp_path: Path) -> None:
     assert 0 < mean_error(ours) <= 1.25 * mean_error(theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_activations_give_the_same_gradients_and_are_not_kept(dtype: torch.dtype, make_decoder) -> None:
+    model, found = make_decoder(num_hidden_layers=4).to(dtype), []
+    for recompute in (False, True):
+        model.activation_checkpointing = recompute
+        kept: list[int] = []
+
+        def keep(tensor: Tensor, kept: list[int] = kept) -> Tensor:
+            kept.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = torch.cat(packed_logits(model, [torch.arange(40), torch.arange(30)])).float().log_softmax(-1)[:, 5].sum()
+        during_forward = sum(kept)
+        found.append((during_forward, torch.autograd.grad(loss, list(model.parameters()))))
+    (all_of_it, plain), (few, recomputed) = found
+    assert few < 0.3 * all_of_it
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+@torch.no_grad()
+def test_logits_of_bfloat16_weights_are_not_rounded(make_decoder) -> None:
+    model = make_decoder().to(torch.bfloat16)
+    hidden = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    exact = hidden.double() @ model.head_weight.double().T
+    assert model.logits(hidden).dtype == torch.float32
+    torch.testing.assert_close(model.logits(hidden).double(), exact, rtol=0, atol=1e-4)
+    assert (hidden @ model.head_weight.T - exact).abs().max() > 1e-2
+
+
 def test_initial_weights_are_a_function_of_the_seed(make_decoder) -> None:
     config = make_decoder(qkv_bias=True, hidden_size=128).config
     first, again, other = Decoder(config).init_weights(1), Decoder(config).init_weights(1), Decoder(config).init_weights(2)

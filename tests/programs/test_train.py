@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
+import bcr
 from bcr.model import load_pretrained
 from bcr.runtime.config import compose
 from bcr.runtime.schema import TrainConfig
@@ -38,6 +39,17 @@ def test_training_shortens_answers_and_keeps_them_right(tmp_path):
     assert mean(last, "tokens_per_problem") < 0.9 * mean(first, "tokens_per_problem")
     assert mean(last, "accuracy") > mean(first, "accuracy") + 0.1
     assert max(step["dlogprob_max"] for step in steps) < 1e-3  # the sampler's log-probs are the learner's
+
+
+def test_training_in_bfloat16_on_request(tmp_path):
+    """Sampler and learner agree to bfloat16's rounding, and what is saved is what was trained."""
+    steps = run_training(tmp_path, "steps=3", "model.dtype=bfloat16", "model.activation_checkpointing=true", "optimizer.lr=1e-5")
+    assert all(step["updated"] == 1.0 and step["dlogprob_mean"] < 0.02 for step in steps)
+    saved = tmp_path / "checkpoints" / "step-000003"
+    assert json.loads((saved / "config.json").read_text())["dtype"] == "bfloat16"
+    base = load_pretrained(Path(bcr.__file__).parent / "assets" / "arithmetic-base")
+    moved = [(a - b).abs().max().item() for a, b in zip(load_pretrained(saved).parameters(), base.parameters(), strict=True)]
+    assert 0 < max(moved) < 0.02
 
 
 def mean(steps: list[dict], name: str) -> float:
@@ -119,6 +131,7 @@ BAD_INPUT = [
     (["steps=0"], "steps is 0"),
     (["device=cuda"], "torch finds no GPU"),
     (["model=folder", "model.path=no/such/folder"], "neither a folder nor a hub repository"),
+    (["model.dtype=float16"], "model.dtype is 'float16'; it must be one of auto, float32, bfloat16"),
     (["loss.kind=ppo"], "loss.kind"),
     (["loss.aggregation=mean"], "loss.aggregation is 'mean'"),
     (["advantage.scope=token"], "advantage.scope is 'token'"),
