@@ -10,22 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from bcr.learner import length_rewards as lengths
 from bcr.tasks.judging import Judged
 
 
 @dataclass
 class RewardConfig:
-    """`kind` names the rule. `coefficient` and `length` belong to the rules that use them and must be null elsewhere."""
+    """`kind` names the rule. The numbers belong to the rules that use them and must be null elsewhere; `length` and `buffer` in tokens."""
 
     kind: str = "accuracy"
     coefficient: float | None = None
     length: int | None = None
+    buffer: int | None = None
 
     def check(self) -> None:
         if self.kind not in RULES:
             raise ValueError(f"reward.kind is {self.kind!r}; it must be one of {', '.join(RULES)}.")
         _, used = RULES[self.kind]
-        for name in ("coefficient", "length"):
+        for name in ("coefficient", "length", "buffer"):
             value = getattr(self, name)
             if name in used and value is None:
                 raise ValueError(f"reward.{name} is null; reward.kind={self.kind} needs a positive number.")
@@ -33,6 +35,8 @@ class RewardConfig:
                 raise ValueError(f"reward.{name} is {value}; reward.kind={self.kind} has no use for it: leave it null.")
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"reward.{name} is {value}; it must be a positive number.")
+        if self.buffer is not None and self.length is not None and self.buffer > self.length:
+            raise ValueError(f"reward.buffer is {self.buffer}; it must be at most reward.length, {self.length}.")
 
 
 def group_rewards(group: Sequence[Judged], config: RewardConfig) -> list[list[float]]:
@@ -65,4 +69,12 @@ Rule = Callable[[Sequence[Judged], RewardConfig], list[list[float]]]
 RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {  # kind -> its rule and the settings it uses
     "accuracy": (accuracy, ()),
     "linear_penalty": (linear_penalty, ("coefficient", "length")),
+    "truncation": (lengths.truncation, ("length",)),
+    "kimi": (lengths.kimi, ("coefficient",)),
+    "l1_max": (lengths.l1_max, ("coefficient", "length")),
+    "laser": (lengths.laser, ("coefficient", "length")),
+    "laser_d": (lengths.laser_d, ("coefficient", "length")),
+    "arora_zanette": (lengths.arora_zanette, ("coefficient",)),
+    "shorter_better": (lengths.shorter_better, ("coefficient",)),
+    "overlong": (lengths.overlong, ("length", "buffer")),
 }

@@ -65,7 +65,7 @@ def test_a_rollouts_reward_is_its_accuracy_less_the_price_of_its_tokens(group, c
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"kind": "length"}, "reward.kind is 'length'; it must be one of accuracy, linear_penalty."),
+        ({"kind": "length"}, "reward.kind is 'length'; it must be one of accuracy, linear_penalty,"),
         ({"coefficient": 1.0}, "reward.coefficient is 1.0; reward.kind=accuracy has no use for it"),
         ({"kind": "linear_penalty", "length": 40}, "reward.coefficient is null; reward.kind=linear_penalty needs"),
         ({"kind": "linear_penalty", "coefficient": -1.0, "length": 40}, "reward.coefficient is -1.0; it must be a positive number"),
