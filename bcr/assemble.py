@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bcr.model import Decoder, DecoderConfig, load_pretrained
 from bcr.model.huggingface import read_config, resolve, stop_token_ids
 from bcr.records import Problem
-from bcr.runtime.schema import DataConfig, DialectConfig, GradingConfig, ModelConfig, RandomModel, SamplingConfig
+from bcr.runtime.config import config_folder, typed
+from bcr.runtime.schema import BundleConfig, DataConfig, DialectConfig, GradingConfig, ModelConfig, RandomModel, SamplingConfig
 from bcr.sampler import Sampler
 from bcr.tasks.arithmetic import ArithmeticDialect, ArithmeticProblems
-from bcr.tasks.bundles import Budget, Problems, longest_prompt
+from bcr.tasks.arrangement import ArrangedBundles
+from bcr.tasks.bundles import Budget, BundleStream, Problems, longest_prompt
 from bcr.tasks.chat import read_chat_template
+from bcr.tasks.contamination import Overlap, overlaps
 from bcr.tasks.dialect import Dialect
 from bcr.tasks.grader_pool import GraderPool
-from bcr.tasks.problems import ShuffledProblems, read_jsonl
+from bcr.tasks.problems import Columns, ShuffledProblems, read_file, read_hub
 from bcr.tasks.text import TextDialect
 
 BUILTIN = "builtin/"  # model.path=builtin/arithmetic-base: a checkpoint that ships with the package
@@ -27,37 +32,39 @@ BUILTIN = "builtin/"  # model.path=builtin/arithmetic-base: a checkpoint that sh
 
 @dataclass
 class Task:
-    """What is trained or measured. `problems` is endless; `finite` is the file's list where there is a file."""
+    """What is trained or measured. `problems` is endless; `finite` is the data set's list where there is one.
+
+    `excluded` are the problems that were left out of it because a benchmark of `data.exclude` holds them.
+    """
 
     model: Decoder
     dialect: Dialect
     problems: Problems
     finite: list[Problem] | None
+    excluded: list[Overlap] = field(default_factory=list)
 
 
 def assemble(model: ModelConfig, data: DataConfig, dialect: DialectConfig, seed: int, device: torch.device) -> Task:
     """Load or make everything. ValueError, with one sentence, for whatever does not fit together."""
-    if data.kind not in ("arithmetic", "jsonl"):
-        raise ValueError(f"data.kind is {data.kind!r}; it must be 'arithmetic' or 'jsonl'.")
+    if data.kind not in ("arithmetic", "dataset"):
+        raise ValueError(f"data.kind is {data.kind!r}; it must be 'arithmetic' or 'dataset'.")
     if data.split not in ("train", "heldout"):
         raise ValueError(f"data.split is {data.split!r}; it must be 'train' or 'heldout'.")
     if (model.path is None) == (model.random is None):
         raise ValueError("model.path and model.random: give exactly one of them.")
-    if data.kind == "jsonl" and data.path is None:
-        raise ValueError("data.path is null; data.kind=jsonl needs a file.")
     dtype = working_dtype(model.dtype, device)
-    finite = read_jsonl(data.path, data.question, data.answer) if data.kind == "jsonl" and data.path else None
+    finite, excluded = decontaminated(data) if data.kind == "dataset" else (None, [])
     problems: Problems = ShuffledProblems(finite, seed) if finite else ArithmeticProblems(data.split, seed, data.operations)  # type: ignore[arg-type]
     if model.random is None:
-        return Task(*load_model(model, data.kind, dialect, device), problems, finite)
+        return Task(*load_model(model, data.kind, dialect, device), problems, finite, excluded)
     if finite is None:
-        raise ValueError("model.random trains its tokenizer on the data's text: use it with data.kind=jsonl.")
+        raise ValueError("model.random trains its tokenizer on the data's text: use it with data=jsonl or another data set.")
     tokenizer = train_tokenizer([f"{problem.question}\n{problem.answer}" for problem in finite], model.random.vocab_size)
     vocabulary = tokenizer.get_vocab()
     decoder = random_decoder(model.random, len(vocabulary), seed).to(device, dtype)
     decoder.activation_checkpointing = model.activation_checkpointing
     spoken = TextDialect(tokenizer, [vocabulary["<eos>"]], dialect.form, None, dialect.answers_in_thinking)
-    return Task(decoder, spoken, problems, finite)
+    return Task(decoder, spoken, problems, finite, excluded)
 
 
 def load_model(model: ModelConfig, kind: str, dialect: DialectConfig, device: torch.device) -> tuple[Decoder, Dialect]:
@@ -87,12 +94,56 @@ def working_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtypes[name]
 
 
-def check_context(task: Task, sizes: Iterable[int], budget: Budget) -> None:
-    """Raise ValueError where the longest prompt and its budget cannot fit the model's context."""
+def data_set(entry: str, like: DataConfig) -> DataConfig:
+    """What an entry of `benchmarks` or `data.exclude` names: a data set of configs/data/, or a file with the columns of `like`."""
+    preset = config_folder() / "data" / f"{entry}.yaml"
+    if Path(entry).name == entry and preset.exists():
+        return typed(OmegaConf.create(OmegaConf.to_container(OmegaConf.load(preset))), DataConfig)  # type: ignore[arg-type]
+    return replace(like, kind="dataset", path=entry, hub=None, exclude=[])
+
+
+def read_problems(data: DataConfig) -> list[Problem]:
+    """All problems of `data.path`, or else of `data.hub`."""
+    columns = Columns(data.question, data.answer, data.id, data.difficulty, data.answer_form)
+    if data.path is not None:
+        return read_file(data.path, columns)
+    if data.hub is None:
+        raise ValueError("data.path is null and so is data.hub; a data set needs a file or a hub name.")
+    return read_hub(data.hub, data.subset, data.hub_split, columns)
+
+
+def decontaminated(data: DataConfig) -> tuple[list[Problem], list[Overlap]]:
+    """The problems without those that a benchmark of `data.exclude` holds, and those; what is left out is told on stderr."""
+    problems = read_problems(data)
+    excluded: dict[str, Overlap] = {}
+    for entry in data.exclude:
+        found = overlaps(problems, read_problems(data_set(entry, data)), data.exclude_ngram, data.exclude_share)
+        excluded |= {overlap.id: overlap for overlap in found}
+        print(f"data: {len(found):,} of {len(problems):,} problems are in {entry} and left out", file=sys.stderr)
+    kept = [problem for problem in problems if problem.id not in excluded]
+    if not kept:
+        raise ValueError(f"data.exclude leaves none of the {len(problems)} problems; was the benchmark itself given as data?")
+    return kept, list(excluded.values())
+
+
+def build_bundles(
+    task: Task, settings: BundleConfig, sizes: Mapping[int, float], budget: Budget, seed: int
+) -> BundleStream | ArrangedBundles:
+    """The stream of bundles that `bundles.arrangement` and `bundles.count` ask for."""
+    if settings.arrangement == "mixed" and settings.count is None:
+        return BundleStream(task.problems, task.dialect, sizes, budget, seed)
+    if task.finite is None:
+        raise ValueError("bundles.arrangement and bundles.count need a data set; the embedded world has no end to arrange.")
+    return ArrangedBundles(task.finite, task.dialect, sizes, budget, settings.arrangement, settings.count, seed)
+
+
+def check_context(task: Task, sizes: Iterable[int], budget: Budget, problems: Sequence[Problem] | None = None) -> None:
+    """Raise ValueError where the longest prompt (of `problems`, or else of the task's) and its budget cannot fit the model's context."""
     context = task.model.config.max_position_embeddings
+    asked = problems or task.finite or [task.problems[index] for index in range(64)]
     for size in sizes:
         new = budget.tokens(size)
-        prompt = longest_prompt(task.finite or [task.problems[index] for index in range(64)], task.dialect, size)
+        prompt = longest_prompt(asked, task.dialect, size)
         if prompt + new > context:
             raise ValueError(
                 f"N = {size} needs {prompt + new} positions ({prompt} for the longest prompt, and its budget of {new} new tokens, "

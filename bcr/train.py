@@ -15,7 +15,7 @@ import torch
 
 from bcr.analysis.measures import summarise
 from bcr.analysis.transcripts import telling_rollouts
-from bcr.assemble import Task, assemble, build_grader, build_sampler, check_context
+from bcr.assemble import Task, assemble, build_bundles, build_grader, build_sampler, check_context
 from bcr.learner.credit import make_examples
 from bcr.learner.losses import Denominators
 from bcr.learner.packs import Example, make_pack, pack_examples
@@ -26,9 +26,10 @@ from bcr.runtime.config import as_plain, command_line, launch
 from bcr.runtime.console import StepConsole, TrainingConsole
 from bcr.runtime.host import choose_device, settle_in
 from bcr.runtime.model_card import model_card
-from bcr.runtime.outputs import RunFiles, check_trackers, make_room
+from bcr.runtime.outputs import RunFiles, check_trackers, make_room, write_lines
 from bcr.runtime.schema import TrainConfig
 from bcr.sampler import Sampler, SamplingParams
+from bcr.tasks.arrangement import ArrangedBundles
 from bcr.tasks.bundles import Budget, BundleStream, as_request, mixture
 from bcr.tasks.grader_pool import GraderPool
 from bcr.tasks.judging import Judged, judge
@@ -40,7 +41,7 @@ class Run:
 
     config: TrainConfig
     task: Task
-    bundles: BundleStream
+    bundles: BundleStream | ArrangedBundles
     sampler: Sampler
     grader: GraderPool
     params: SamplingParams
@@ -67,11 +68,13 @@ def prepare(config: TrainConfig) -> Run:
     budget = Budget(config.bundles.budget, config.bundles.budget_per_problem)
     task = assemble(config.model, config.data, config.dialect, config.seed, device)
     sizes = mixture(config.bundles.sizes, config.bundles.shares)
-    bundles = BundleStream(task.problems, task.dialect, sizes, budget, config.seed)
+    bundles = build_bundles(task, config.bundles, sizes, budget, config.seed)
     check_context(task, sizes, budget)
     params = SamplingParams(config.sampling.temperature, config.bundles.group, task.dialect.stop_token_ids, config.seed)
     sampler, grader = build_sampler(task.model, config.sampling), build_grader(config.grading)
     make_room(Path(config.output), config.overwrite)
+    if task.excluded:
+        write_lines(Path(config.output) / "excluded.jsonl", map(vars, task.excluded))
     return Run(config, task, bundles, sampler, grader, params, device)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ def make_room(folder: Path, overwrite: bool) -> None:
         raise ValueError(f"output {str(folder)!r} holds an earlier run; name another folder, or set overwrite=true to replace it.")
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """A whole file of JSON lines at once."""
+    file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
 class TensorBoard:

@@ -38,8 +38,17 @@ class DataConfig:
     split: str = "train"
     operations: list[int] = field(default_factory=lambda: [2, 3, 4])
     path: str | None = None
+    hub: str | None = None
+    subset: str | None = None
+    hub_split: str = "train"
     question: str = "problem"
     answer: str = "answer"
+    id: str = "id"
+    difficulty: str = "difficulty"
+    answer_form: str = "plain"
+    exclude: list[str] = field(default_factory=list)
+    exclude_ngram: int = 8
+    exclude_share: float = 0.5
 
 
 @dataclass
@@ -57,6 +66,8 @@ class BundleConfig:
     shares: list[float] | None = None
     budget: int | None = None
     budget_per_problem: int | None = None
+    arrangement: str = "mixed"
+    count: int | None = None
     per_step: int = 12
     group: int = 8
 
@@ -114,9 +125,29 @@ class EvaluateConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     dialect: DialectConfig = field(default_factory=DialectConfig)
-    problems: int = 600
+    benchmarks: list[str] = field(default_factory=list)
+    problems: int | None = 600
     sizes: list[int] = field(default_factory=lambda: [1, 2, 3])
+    cyclic: bool = False
     budgets: list[int] = field(default_factory=list)
     budgets_per_problem: list[int] = field(default_factory=list)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    grading: GradingConfig = field(default_factory=GradingConfig)
+
+
+@dataclass
+class DifficultyConfig:
+    output: str = "outputs/difficulty"
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    dialect: DialectConfig = field(default_factory=DialectConfig)
+    problems: int | None = None
+    samples: int = 8
+    budget: int = 4096
+    above: float = 0.5
+    up_to: float = 1.0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     grading: GradingConfig = field(default_factory=GradingConfig)

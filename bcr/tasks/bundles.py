@@ -104,6 +104,17 @@ def consecutive_bundles(problems: Sequence[Problem], size: int, dialect: Dialect
     ]
 
 
+def cyclic_bundles(problems: Sequence[Problem], size: int, dialect: Dialect, budget: Budget, name: str) -> list[Bundle]:
+    """Each problem with the `size` - 1 that follow it, the first ones after the last: every problem stands once at every position (REST).
+
+    As many bundles as problems, so each problem is asked `size` times.
+    """
+    if size > len(problems):
+        raise ValueError(f"sizes has N = {size}, and there are {len(problems)} problems: cyclic bundles would ask one twice.")
+    twice = [*problems, *problems]
+    return [make_bundle(f"{name}/cyclic{size}/{start}", twice[start : start + size], dialect, budget) for start in range(len(problems))]
+
+
 def as_request(bundle: Bundle) -> Request:
     """What the sampler is asked for a bundle: its prompt and its whole budget, under the bundle's id."""
     return Request(bundle.id, bundle.prompt_ids, bundle.budget)

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from bcr import demo, evaluate, solve, train, warmstart
+from bcr import demo, difficulty, evaluate, solve, train, warmstart
 from bcr.runtime.config import compose
-from bcr.runtime.schema import EvaluateConfig, TrainConfig
+from bcr.runtime.schema import DifficultyConfig, EvaluateConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = {
     "train": (TrainConfig, train.prepare),
     "evaluate": (EvaluateConfig, evaluate.prepare),
+    "difficulty": (DifficultyConfig, difficulty.prepare),
     "warmstart": (warmstart.WarmStartConfig, warmstart.prepare),
     "solve": (solve.SolveConfig, solve.prepare),
     "demo": (demo.DemoConfig, demo.prepare),

@@ -40,6 +40,33 @@ def test_problems_that_do_not_fill_the_last_bundle_are_asked_too():
     assert cell["problems"] == 10
 
 
+def test_several_data_sets_are_measured_one_after_the_other(tmp_path):
+    """Files in the columns of data; every cell counts its verdicts, and they add up."""
+    for name, count in (("sums", 5), ("more", 3)):
+        rows = [{"problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("sums", "more")]
+    overrides = ["model=random", f"benchmarks=[{','.join(files)}]", "problems=4", "sizes=[1,3]", "budgets=[6]", "budgets_per_problem=[]"]
+    cells = cells_of(*overrides)
+    sums, more = files
+    assert [(cell["data"], cell["n"], cell["problems"]) for cell in cells] == [(sums, 1, 4), (sums, 3, 4), (more, 1, 3), (more, 3, 3)]
+    assert all(sum(cell["verdicts"].values()) == cell["problems"] for cell in cells)
+    cyclic = cells_of(*overrides, "cyclic=true", "sampling.max_batch=8")
+    assert [cell["problems"] for cell in cyclic] == [4, 12, 3, 9]
+    with pytest.raises(ValueError, match="N = 4, more than there are problems"):
+        cells_of(*overrides, "cyclic=true", "sizes=[4]")
+
+
+def test_a_named_benchmark_has_columns_of_its_own(monkeypatch):
+    def load_dataset(repo, **options):
+        assert repo == "math-ai/amc23"
+        return iter([{"question": "What is 1 + 1?", "answer": 2.0}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    (cell,) = cells_of("model=random", "benchmarks=[amc23]", "sizes=[1]", "budgets=[6]", "budgets_per_problem=[]")
+    assert (cell["data"], cell["problems"]) == ("amc23", 1)
+
+
 @pytest.mark.parametrize(
     ("override", "phrase"),
     [
@@ -49,6 +76,7 @@ def test_problems_that_do_not_fill_the_last_bundle_are_asked_too():
         ("budgets=[2]", "less than one token"),
         ("budgets=[2000]", "context is 1024"),
         ("data.split=test", "data.split is 'test'"),
+        ("benchmarks=[nowhere.jsonl]", "there is no such file"),
     ],
 )
 def test_bad_input_is_one_sentence(override, phrase):

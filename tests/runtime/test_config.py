@@ -15,11 +15,18 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bcr.demo import DemoConfig
 from bcr.runtime.config import as_plain, compose, config_folder, one_sentence, typed
-from bcr.runtime.schema import EvaluateConfig, TrainConfig
+from bcr.runtime.schema import DifficultyConfig, EvaluateConfig, TrainConfig
 from bcr.solve import SolveConfig
 from bcr.warmstart import WarmStartConfig
 
-PROGRAMS = {"train": TrainConfig, "evaluate": EvaluateConfig, "solve": SolveConfig, "warmstart": WarmStartConfig, "demo": DemoConfig}
+PROGRAMS = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "difficulty": DifficultyConfig,
+    "solve": SolveConfig,
+    "warmstart": WarmStartConfig,
+    "demo": DemoConfig,
+}
 OPTIONS = {group: sorted(file.stem for file in (config_folder() / group).glob("*.yaml")) for group in ("model", "data", "experiment")}
 NEEDED = {"folder": ["model.path=somewhere"], "jsonl": ["data.path=somewhere.jsonl"]}
 ASKED = {"solve": ["input=somewhere.jsonl"]}  # what has no default
@@ -78,7 +85,7 @@ def test_the_option_that_is_asked_for_is_the_one_that_comes() -> None:
     config = compose("train", ["model=random", "data=jsonl", "data.path=a b.jsonl", "steps=7", "optimizer.lr=1e-6"], TrainConfig)
     assert config.model.path is None
     assert config.model.random is not None
-    assert (config.data.kind, config.data.path, config.steps, config.optimizer.lr) == ("jsonl", "a b.jsonl", 7, 1e-6)
+    assert (config.data.kind, config.data.path, config.steps, config.optimizer.lr) == ("dataset", "a b.jsonl", 7, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +105,7 @@ def test_a_mixture_is_replaced_and_not_mixed_with_the_default(overrides: list[st
         (["steps=1.5"], "steps: Value '1.5' of type 'float' could not be converted to Integer"),
         (["logging.tensorboard=perhaps"], "logging.tensorboard: Value 'perhaps'"),
         (["optimizer.betas=fast"], "optimizer.betas"),
-        (["data=nothing"], "Could not find 'data/nothing' Available options in 'data': arithmetic jsonl"),
+        (["data=nothing"], "Could not find 'data/nothing' Available options in 'data': aime24"),
         (["model=folder"], "model.path has no default"),
         (["steps"], "steps"),
     ],

@@ -3,6 +3,7 @@
 import json
 import re
 
+import pandas
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from bcr.records import Problem
 from bcr.tasks.arithmetic import ArithmeticDialect, ArithmeticProblems, build_tokenizer
 from bcr.tasks.bundles import Budget, BundleStream
-from bcr.tasks.problems import ShuffledProblems, read_jsonl
+from bcr.tasks.problems import Columns, ShuffledProblems, read_file, read_hub
 
 calm = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
@@ -31,7 +32,7 @@ def row(number, **more):
 
 def message(path, **columns):
     with pytest.raises(ValueError, match=re.escape(str(path))) as refusal:
-        read_jsonl(path, **columns)
+        read_file(path, Columns(**columns))
     return str(refusal.value)
 
 
@@ -40,7 +41,7 @@ def message(path, **columns):
 
 def test_columns_that_are_there_are_used_and_others_are_filled_in(write):
     path = write([row(1), row(2, id="two", source="book", difficulty=3, hint="none")])
-    assert read_jsonl(path) == [
+    assert read_file(path) == [
         Problem("sums/1", "What is 1 + 1?", "2", "sums", None),
         Problem("two", "What is 2 + 2?", "4", "book", 3.0),
     ]
@@ -48,19 +49,19 @@ def test_columns_that_are_there_are_used_and_others_are_filled_in(write):
 
 def test_columns_can_be_named(write):
     path = write([{"q": "1 + 1", "gold": 2, "problem": "not this", "answer": "nor this"}])
-    (problem,) = read_jsonl(path, question="q", answer="gold")
+    (problem,) = read_file(path, Columns(question="q", answer="gold"))
     assert (problem.question, problem.answer) == ("1 + 1", "2")
 
 
 def test_blank_lines_are_passed_over_and_text_is_utf8(write):
     path = write(["", row(1, problem="Wieviel ist 1 + 1, bitte schön? 漢🙂"), "   ", row(2)])
-    first, second = read_jsonl(path)
+    first, second = read_file(path)
     assert first.question == "Wieviel ist 1 + 1, bitte schön? 漢🙂"
     assert (first.id, second.id) == ("sums/2", "sums/4")  # the line in the file, to be found again
 
 
 def test_an_answer_of_zero_is_an_answer(write):
-    assert read_jsonl(write([row(0, answer=0)]))[0].answer == "0"
+    assert read_file(write([row(0, answer=0)]))[0].answer == "0"
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------------------
@@ -111,6 +112,93 @@ def test_a_file_that_is_no_utf8(tmp_path):
     path = tmp_path / "latin.jsonl"
     path.write_bytes(json.dumps(row(1)).encode() + b'\n{"problem": "sch\xf6n", "answer": "1"}\n')
     assert message(path) == f"{path}: row 2 is not UTF-8 text."
+
+
+@pytest.mark.parametrize("value", ["hard", "Level 3", True, [1], float("nan"), float("inf"), ""])
+def test_a_difficulty_that_is_no_number(write, value):
+    path = write([row(1), row(2, difficulty=value)])
+    shown = repr(value)
+    assert message(path) == f"{path}: row 2 has the difficulty {shown}; it must be a number, or left out."
+
+
+def test_a_difficulty_may_be_written_as_text(write):
+    rows = [row(1, level="3.5"), row(2, level=None), row(3)]
+    assert [problem.difficulty for problem in read_file(write(rows), Columns(difficulty="level"))] == [3.5, None, None]
+
+
+def test_a_question_that_is_no_text(write):
+    path = write([row(1, problem=[{"role": "user", "content": "1 + 1?"}])])
+    assert message(path) == f"{path}: row 1 has a 'problem' that is no text."
+
+
+# ---- formats and forms ---------------------------------------------------------------------------------------------------------
+
+TABLE = [
+    {"question": "What is 1 + 1?", "final": "2", "difficulty": 1.5},
+    {"question": 'Was, bitte, ist "2",\n漢?', "final": "\\frac{1}{2}", "difficulty": 4.0},
+]
+
+
+def written_by_pandas(frame, path):
+    if path.suffix == ".csv":
+        frame.to_csv(path, index=False)
+    elif path.suffix == ".parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_json(path, orient="records", lines=path.suffix == ".jsonl")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_format_gives_the_same_problems(tmp_path, suffix):
+    path = tmp_path / f"book{suffix}"
+    written_by_pandas(pandas.DataFrame(TABLE), path)
+    assert read_file(path, Columns(question="question", answer="final")) == [
+        Problem("book/1", TABLE[0]["question"], "2", "book", 1.5),
+        Problem("book/2", TABLE[1]["question"], "\\frac{1}{2}", "book", 4.0),
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_table_that_lacks_a_column_or_is_damaged(tmp_path, suffix):
+    path = tmp_path / f"book{suffix}"
+    written_by_pandas(pandas.DataFrame(TABLE), path)
+    assert message(path, question="question") == f"{path}: row 1 lacks 'answer'."
+    path.write_bytes(b"PAR1\x00\xff\xfe")
+    assert message(path).startswith(f"{path}: ")
+
+
+def test_solutions_give_their_answers(write):
+    boxed = write([row(1, answer="So \\boxed{1}. No: \\boxed{\\frac{1}{2}}.")], "boxed.jsonl")
+    assert read_file(boxed, Columns(answer_form="boxed"))[0].answer == "\\frac{1}{2}"
+    hashes = write([row(1, answer="2 + 2 = <<2+2=4>>4\n#### 1,234")], "hashes.jsonl")
+    assert read_file(hashes, Columns(answer_form="hashes"))[0].answer == "1,234"
+    several = write([row(1, answer=["2", "-2"])], "several.jsonl")
+    assert read_file(several)[0].answer == "2, -2"
+    assert message(hashes, answer_form="boxed") == f"{hashes}: row 1 holds no answer in 'answer' (data.answer_form=boxed)."
+    with pytest.raises(ValueError, match=r"data\.answer_form is 'tex'; it must be one of plain, boxed, hashes\."):
+        Columns(answer_form="tex")
+
+
+def test_the_hub_is_asked_by_name(monkeypatch):
+    asked = {}
+
+    def load_dataset(repo, **options):
+        asked.update(options, repo=repo)
+        return iter([{"question": "What is 2 + 2?", "answer": "#### 4"}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    found = read_hub("openai/gsm8k", "main", "test", Columns(question="question", answer_form="hashes"))
+    assert found == [Problem("gsm8k/1", "What is 2 + 2?", "4", "gsm8k", None)]
+    assert asked == {"repo": "openai/gsm8k", "name": "main", "split": "test", "streaming": True}
+
+
+def test_a_hub_out_of_reach_is_one_sentence(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("Couldn't reach\n'openai/gsm8k' on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"^data\.hub is 'openai/gsm8k': the hub did not give it \(Couldn't reach .* data\.path\.$"):
+        read_hub("openai/gsm8k", "main", "test")
 
 
 # ---- epochs --------------------------------------------------------------------------------------------------------------------
