@@ -152,7 +152,14 @@ def check_context(task: Task, sizes: Iterable[int], budget: Budget, problems: Se
 
 
 def build_sampler(model: Decoder, settings: SamplingConfig) -> Sampler:
-    return Sampler(model, max_batch=settings.max_batch, row_block=settings.row_block, cache_mb=settings.cache_mb)
+    return Sampler(
+        model,
+        max_batch=settings.max_batch,
+        row_block=settings.row_block,
+        cache_mb=settings.cache_mb,
+        invariant=settings.invariant,
+        step_tokens=max(1024, 2 * settings.max_batch),
+    )
 
 
 def build_grader(settings: GradingConfig) -> GraderPool:

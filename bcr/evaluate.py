@@ -61,7 +61,10 @@ def prepare(config: EvaluateConfig) -> Evaluation:
             check_context(task, config.sizes, budget, asked)
     if config.cyclic and max(config.sizes) > min(map(len, sets.values())):
         raise ValueError(f"sizes has N = {max(config.sizes)}, more than there are problems; cyclic bundles would ask one twice at once.")
-    params = SamplingParams(config.sampling.temperature, 1, task.dialect.stop_token_ids, config.seed)
+    chosen = config.sampling
+    params = SamplingParams(
+        chosen.temperature, 1, task.dialect.stop_token_ids, config.seed, top_k=chosen.top_k, top_p=chosen.top_p, min_p=chosen.min_p
+    )
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     cells = [(size, budget) for budget in budgets for size in config.sizes]

@@ -60,6 +60,12 @@ def prepare(config: TrainConfig) -> Run:
         raise ValueError(f"bundles.group is {config.bundles.group}; a group needs 2 rollouts or more to be compared.")
     if not config.sampling.temperature > 0:
         raise ValueError(f"sampling.temperature is {config.sampling.temperature}; training samples need a positive one.")
+    for name, off in {"top_k": 0, "top_p": 1.0, "min_p": 0.0}.items():
+        if getattr(config.sampling, name) != off:
+            raise ValueError(
+                f"sampling.{name} is {getattr(config.sampling, name)}; training needs it off ({off}): tokens drawn from a cut distribution "
+                "do not have the log-probs that the loss compares with."
+            )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(f"torchrun started {os.environ['WORLD_SIZE']} processes; training runs on one (--nproc_per_node=1).")
     check_trackers(config)

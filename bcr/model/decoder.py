@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bcr.model.rotary import RopeScaling, Rotary, rotate
 
+from bcr.model.activation import silu
+
 # attention(layer, query[T,Q,D], key[T,K,D], value[T,K,D]) -> [T,Q,D]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -195,7 +197,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(silu(gate) * up)
 
 
 class RMSNorm(nn.Module):

@@ -76,8 +76,12 @@ class BundleConfig:
 class SamplingConfig:
     temperature: float = 1.0
     max_batch: int = 256
-    row_block: int = 32
+    row_block: int = 16
     cache_mb: int = 2048
+    invariant: bool | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 @dataclass

@@ -2,113 +2,176 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bcr.model import Decoder
+from bcr.model.row_attention import readable
 from bcr.records import Request, Rollout
-from bcr.sampler.kv_cache import KVCache, round_up
-from bcr.sampler.runner import decode, prefill
-from bcr.sampler.sampling import SamplingParams, sample
-from bcr.sampler.scheduler import Scheduler, Slots
+from bcr.sampler.attention import CachedAttention
+from bcr.sampler.batch import Batch
+from bcr.sampler.blocks import BlockAllocator
+from bcr.sampler.checks import check_requests
+from bcr.sampler.invariance import check_invariance
+from bcr.sampler.kv_cache import KVCache
+from bcr.sampler.runner import forward
+from bcr.sampler.sampling import SamplingParams, row_key, sample
+from bcr.sampler.scheduler import Draft, Family, Plan, Scheduler
+from bcr.sampler.stopping import Stopping
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step under way: tokens[R] and logprobs[R] of `drafts`, perhaps not yet computed."""
+
+    drafts: list[Draft]
+    tokens: Tensor
+    logprobs: Tensor
 
 
 class Sampler:
     """Samples from `model` in place: it shares the model's weights and never copies them.
 
-    Decoding runs in blocks of exactly `row_block` slots, idle ones included: every matrix product has the same shape whoever is
-    in it, so a row's logits do not depend on the rest of the batch (contract 9; the thread count must stay the same too).
-    `max_batch` slots are used at most, fewer where the cache of a slot is so large that `cache_mb` would not hold them.
+    At most `max_batch` rollouts decode at once, fewer where `cache_mb` does not hold them. `step_tokens` bounds the tokens of one forward
+    pass: prompts are prefilled in chunks beside the decoding rows. Rows of a pass are filled up to a multiple of `row_block`, with which
+    a row's numbers do not depend on the rest of the batch (contract 9; the thread count must stay the same too).
+    `block_size` is the number of tokens in a block of the cache; None: a block holds a whole request and is read in place.
+    `lag`: how many steps the host runs ahead of the tokens it has read. On a CPU rollouts do not depend on their company to the last bit;
+    the machine is asked whether that holds on it, and where not, `invariant` True raises ValueError, None warns, False is content.
     """
 
-    def __init__(self, model: Decoder, *, max_batch: int = 256, row_block: int = 32, cache_mb: int = 2048) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        max_batch: int = 256,
+        row_block: int = 16,
+        cache_mb: int = 2048,
+        step_tokens: int = 1024,
+        block_size: int | None = None,
+        lag: int = 0,
+        invariant: bool | None = None,
+    ) -> None:
         if row_block < 8:
             raise ValueError(f"row_block is {row_block}; below 8 rows a matrix product takes another path and rows would differ.")
-        if max_batch < 1:
-            raise ValueError(f"max_batch is {max_batch}; it must be at least 1.")
+        for name, value in {"max_batch": max_batch, "block_size": 1 if block_size is None else block_size}.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if step_tokens <= max_batch:
+            raise ValueError(f"step_tokens is {step_tokens}; it must exceed max_batch = {max_batch}, or no prompt would ever be prefilled.")
         self.model, self.max_batch, self.row_block, self.cache_mb = model, max_batch, row_block, cache_mb
+        self.step_tokens, self.block_size, self.lag = step_tokens, block_size, lag
         self.policy_version = 0
+        on_cpu = model.embed_tokens.weight.device.type == "cpu"
+        if invariant and not on_cpu:
+            raise ValueError("sampling.invariant is true; the guarantee is given on a CPU only, so far.")
+        self.invariant, self._to_check = invariant, on_cpu and invariant is not False
         self._cache: KVCache | None = None
 
     def on_weights_changed(self) -> None:
         """Call after every update of the weights: later rollouts carry the new policy version. No prefix outlives `generate`."""
         self.policy_version += 1
 
+    def release_cache(self) -> None:
+        """Give the cache's memory back, for example to the learner; the next `generate` takes it again."""
+        self._cache = None
+
     @torch.inference_mode()
     def generate(
-        self, requests: Sequence[Request], params: SamplingParams, progress: Callable[[int, int], None] | None = None
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        progress: Callable[[int, int], None] | None = None,
+        decode: Callable[[list[int]], str] | None = None,
     ) -> list[list[Rollout]]:
         """`params.n` rollouts for each request, in the order of the requests.
 
-        `progress(finished, total)` is called as rollouts finish. Raises ValueError naming the request for an empty prompt, a token
-        outside the vocabulary, a cap below 1, a sequence longer than the model's context, a repeated id, or a cache too small for one.
+        `progress(finished, total)` is called as rollouts finish; `decode` turns tokens into text where there are stop strings. Raises
+        ValueError naming the request for an empty prompt, a token outside the vocabulary, a cap below 1, a sequence longer than the
+        model's context, a repeated id, or a cache too small for one. After an interrupt the next call starts afresh.
         """
-        self._check(requests)
+        check_requests(requests, self.model.config)
         if not requests:
             return []
-        scheduler = Scheduler(requests, params.n)
+        stopping = Stopping(params, decode)
+        self._check_machine()
+        drafts = [[Draft(request, k, row_key(params.seed, request.id, k)) for k in range(params.n)] for request in requests]
         cache = self._cache_for(requests, params.n)
-        slots = Slots(cache.slots, max(request.max_new_tokens for request in requests), self.model.embed_tokens.weight.device)
-        stop_token_ids = torch.tensor(params.stop_token_ids, device=slots.token.device)
-        finished = 0
-        while True:
-            while admission := scheduler.next_admission(min(cache.slots, self.max_batch) - len(slots.owners)):
-                group, count = admission
-                if group.prefix is None:
-                    group.prefix = prefill(self.model, group.request.prompt_ids[:-1])
-                cache.fill(slots.admit(group, count, params.seed), group.prefix)
-            live = len(slots.owners)
-            if live == 0:
-                return [[group.rollouts[sample] for sample in range(params.n)] for group in scheduler.groups]
-            tokens, logprobs = sample(self._logits(slots, cache), params, slots.key[:live], slots.generated[:live])
-            done = slots.record(tokens, logprobs, stop_token_ids)
-            for slot in done:
-                group, index = slots.owners[slot]
-                group.rollouts[index] = slots.rollout(slot, params.stop_token_ids, self.policy_version)
-            if done:
-                cache.move(*slots.leave(done))
-                finished += len(done)
-                if progress:
-                    progress(finished, len(requests) * params.n)
+        families = [Family(request.prompt_ids, deque(group)) for request, group in zip(requests, drafts, strict=True)]
+        allocator = BlockAllocator(cache.blocks, cache.block_size)
+        scheduler = Scheduler(families, allocator, max_rows=self._rows(cache, params.n), step_tokens=self.step_tokens)
+        batch, underway = Batch(self.model.embed_tokens.weight.device), deque[Step]()
+        rollouts: dict[Draft, Rollout] = {}
 
-    def _logits(self, slots: Slots, cache: KVCache) -> torch.Tensor:
-        """Logits [live,V] of the next token, block by block."""
-        live = len(slots.owners)
-        blocks = (slice(start, start + self.row_block) for start in range(0, live, self.row_block))
-        return torch.cat([decode(self.model, cache, block, slots.token[block], slots.position[block]) for block in blocks])[:live]
+        def collect(lag: int) -> None:
+            """Read the tokens of all but the last `lag` steps; finished drafts become rollouts."""
+            before = len(rollouts)
+            while len(underway) > lag:
+                step = underway.popleft()
+                for draft, token, logprob in zip(step.drafts, step.tokens.tolist(), step.logprobs.tolist(), strict=True):
+                    if draft in rollouts:
+                        continue  # it had ended when this step began
+                    draft.token_ids.append(token)
+                    draft.logprobs.append(logprob)
+                    if finish := stopping(draft):
+                        rollouts[draft] = Rollout(draft.request.id, draft.token_ids, draft.logprobs, finish, self.policy_version)
+                        scheduler.finish(draft)
+            if progress and len(rollouts) > before:
+                progress(len(rollouts), len(requests) * params.n)
+
+        while not scheduler.done:
+            plan = scheduler.schedule(drain=lambda: collect(0))
+            idle = not plan.live and not plan.chunks
+            if not idle:
+                underway.append(self._step(plan, batch, cache, params))
+            collect(0 if idle else self.lag)
+        return [[rollouts[draft] for draft in group] for group in drafts]
+
+    def _step(self, plan: Plan, batch: Batch, cache: KVCache, params: SamplingParams) -> Step:
+        cache.copy(plan.forks)
+        cache.copy(plan.moves)
+        batch.settle(plan.live)
+        logits = forward(self.model, batch, plan.chunks, CachedAttention(cache, batch, plan.chunks), self.row_block)
+        tokens, logprobs = sample(logits, params, batch.key, batch.generated)
+        batch.advance(tokens)
+        return Step(plan.live, tokens, logprobs)
+
+    def _check_machine(self) -> None:
+        if self._to_check:
+            complaint = check_invariance(self.model, self.row_block)
+            if complaint and self.invariant:
+                raise ValueError(f"sampling.invariant is true, but {complaint}")
+            if complaint:
+                warnings.warn(complaint, stacklevel=3)
+            self._to_check = False
+
+    def _rows(self, cache: KVCache, n: int) -> int:
+        """How many rollouts may decode at once. A group's prompt keeps a block until its last rollout has begun."""
+        return max(1, min(self.max_batch, cache.blocks - (1 if n > 1 else 0)))
 
     def _cache_for(self, requests: Sequence[Request], n: int) -> KVCache:
-        """The cache of the last call where it is large enough, else a new one."""
-        capacity = max(len(request.prompt_ids) + request.max_new_tokens for request in requests)
-        affordable = self.cache_mb * 2**20 // KVCache.bytes_per_slot(self.model, capacity) // self.row_block * self.row_block
-        if affordable == 0:
-            longest = max(requests, key=lambda request: len(request.prompt_ids) + request.max_new_tokens)
+        """The cache of the last call where it serves, else a new one."""
+        longest = max(requests, key=lambda request: len(request.prompt_ids) + request.max_new_tokens)
+        capacity = len(longest.prompt_ids) + longest.max_new_tokens
+        weight = self.model.embed_tokens.weight
+        size = self.block_size or readable(capacity)
+        spare = 1 if n > 1 else 0
+        wanted = (min(len(requests) * n, self.max_batch) + spare) * -(-capacity // size)
+        affordable = self.cache_mb * 2**20 // KVCache.bytes_per_block(self.model.config, size, weight.dtype)
+        least = -(-capacity // size) + spare
+        if affordable < least:
             raise ValueError(
-                f"request {longest.id!r} needs {capacity} cached tokens; cache_mb = {self.cache_mb} cannot hold {self.row_block} such rows."
+                f"request {longest.id!r} needs {capacity} cached tokens; cache_mb = {self.cache_mb} holds {affordable * size}, "
+                f"and {least * size} are needed to run it."
             )
-        slots = min(round_up(min(len(requests) * n, self.max_batch), self.row_block), affordable)
-        if self._cache is None or not self._cache.holds(slots, capacity):
+        blocks = min(wanted, affordable)
+        held = self._cache
+        if held is None or held.blocks < blocks or (held.block_size < size if self.block_size is None else held.block_size != size):
             self._cache = None  # give the old one back before taking the new one
-            weight = self.model.embed_tokens.weight
-            self._cache = KVCache(self.model.config, slots, capacity, weight.dtype, weight.device)
-        return self._cache
-
-    def _check(self, requests: Sequence[Request]) -> None:
-        config, seen = self.model.config, set()
-        for request in requests:
-            if not request.prompt_ids:
-                raise ValueError(f"request {request.id!r} has an empty prompt.")
-            if request.max_new_tokens < 1:
-                raise ValueError(f"request {request.id!r} has max_new_tokens = {request.max_new_tokens}; it must be at least 1.")
-            if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < config.vocab_size:
-                raise ValueError(f"request {request.id!r} has a token outside the vocabulary of {config.vocab_size}.")
-            needed = len(request.prompt_ids) + request.max_new_tokens
-            if needed > config.max_position_embeddings:
-                raise ValueError(
-                    f"request {request.id!r} needs {needed} positions ({len(request.prompt_ids)} for its prompt, "
-                    f"{request.max_new_tokens} new); the model's context is {config.max_position_embeddings}."
-                )
-            if request.id in seen:
-                raise ValueError(f"request {request.id!r} appears twice; ids key the random numbers and must differ.")
-            seen.add(request.id)
+            self._cache = held = KVCache(self.model.config, blocks, size, weight.dtype, weight.device)
+        return held

@@ -1,53 +1,47 @@
-"""Keys and values of the rollouts in flight: one contiguous slot for each, read in place.
-
-A slot is a row of [slots, K, capacity, D] tensors, two for each layer. Gathering pages would cost a CPU several times the
-attention itself; a slot of the full length of a request costs nothing to read. Live slots are kept together at the front.
-"""
+"""Keys and values of everything in flight, in blocks. Which block is whose, `blocks.py` and `scheduler.py` know."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from bcr.model import Decoder, DecoderConfig
-
-ALIGN, SHORTEST = 16, 64  # attention reads a multiple of ALIGN places and never fewer than SHORTEST: see `runner.CachedAttention`
+from bcr.model import DecoderConfig
 
 
 class KVCache:
-    """`keys[layer]`, `values[layer]`: [slots, K, capacity, D]. Unwritten places hold zeros: masked or not, they must be finite."""
+    """`keys[layer]`, `values[layer]`: [blocks, K, block_size, D], or [blocks, block_size, K, D] for the CUDA kernels (`token_major`).
 
-    def __init__(self, config: DecoderConfig, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.slots, self.capacity = slots, readable(capacity)
-        shape = (slots, config.num_key_value_heads, self.capacity, config.head_dim)
+    On a CPU a block holds a whole request, so that attention reads keys in place: gathering blocks costs several times the attention.
+    Unwritten places hold zeros: masked or not, they must be finite.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device, *, token_major: bool = False
+    ) -> None:
+        self.blocks, self.block_size, self.token_major = blocks, block_size, token_major
+        heads, size = config.num_key_value_heads, config.head_dim
+        shape = (blocks, block_size, heads, size) if token_major else (blocks, heads, block_size, size)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
     @staticmethod
-    def bytes_per_slot(model: Decoder, capacity: int) -> int:
-        config = model.config
-        places = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * readable(capacity)
-        return 2 * places * model.embed_tokens.weight.element_size()
+    def bytes_per_block(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * block_size * dtype.itemsize
 
-    def holds(self, slots: int, capacity: int) -> bool:
-        return slots <= self.slots and capacity <= self.capacity
+    def store(self, layer: int, key: Tensor, value: Tensor, blocks: Tensor, places: Tensor) -> None:
+        """Write key[T,K,D] and value[T,K,D]: token t to place `places[t]` of block `blocks[t]`. Not for `token_major` (`store_kv`)."""
+        self.keys[layer][blocks, :, places] = key
+        self.values[layer][blocks, :, places] = value
 
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy whole slots, so that the live ones stay together when others leave."""
+    def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
+        """Copy (source, target, tokens) of blocks; no target is a source. As many tokens of each as of the longest."""
+        if not copies:
+            return
+        device = self.keys[0].device
+        sources, targets, lengths = zip(*copies, strict=True)
+        source_ids, target_ids = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
         for cached in (*self.keys, *self.values):
-            cached[targets] = cached[sources]
-
-    def fill(self, slots: slice, prefix: list[tuple[Tensor, Tensor]]) -> None:
-        """Write a prompt's keys and values, one (keys[P,K,D], values[P,K,D]) a layer, to the start of each of the slots: a fork."""
-        for layer, (key, value) in enumerate(prefix):
-            self.keys[layer][slots, :, : key.shape[0]] = key.transpose(0, 1)
-            self.values[layer][slots, :, : value.shape[0]] = value.transpose(0, 1)
-
-
-def readable(length: int) -> int:
-    """How many places attention reads to cover `length` of them."""
-    return max(SHORTEST, round_up(length, ALIGN))
-
-
-def round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
+            part = cached[:, : max(lengths)] if self.token_major else cached[:, :, : max(lengths)]
+            part[target_ids] = part[source_ids]

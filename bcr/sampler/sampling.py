@@ -13,19 +13,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bcr_kernels.reference import logprob_of_logits
+
+WIDE, SPAN = 512, 64  # vocabularies beyond WIDE are summed in spans of SPAN tokens first
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to sample. `temperature` 0 is greedy, and its log-probs are those at temperature 1.
 
-    `n` rollouts are drawn for each request. A completion ends with the first of `stop_token_ids`, which it includes.
-    Raises ValueError for a negative temperature, n < 1 or no stop token.
+    `n` rollouts are drawn for each request. A completion ends with the first of `stop_token_ids`, or with the token that completes one of
+    `stop_strings`; it includes that token. `top_k` (0: off), `top_p` (1: off) and `min_p` (0: off; relative to the likeliest token) cut the
+    distribution, in this order, for evaluation: log-probs stay those of the full vocabulary, so training refuses them (contract 2).
+    Raises ValueError for what is out of range.
     """
 
     temperature: float = 1.0
     n: int = 1
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and self.temperature < float("inf")):
@@ -34,21 +44,69 @@ class SamplingParams:
             raise ValueError(f"sampling.n is {self.n}; every request needs at least 1 rollout.")
         if not self.stop_token_ids:
             raise ValueError("sampling.stop_token_ids is empty, so no completion could ever end.")
+        if self.top_k < 0:
+            raise ValueError(f"sampling.top_k is {self.top_k}; it must be 0 (off) or the number of tokens to keep.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"sampling.top_p is {self.top_p}; it must be above 0 and at most 1 (off).")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"sampling.min_p is {self.min_p}; it must be from 0 (off) to 1.")
+        if "" in self.stop_strings:
+            raise ValueError("sampling.stop_strings holds an empty string, which every completion contains.")
+
+    @property
+    def truncated(self) -> bool:
+        """Whether tokens are drawn from less than the whole distribution."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 def sample(logits: Tensor, params: SamplingParams, keys: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """(tokens [B] int64, log-probs [B] float32) from logits [B,V], row keys [B] int64 and positions [B] int64 in the completion.
 
-    The log-prob is that of the full vocabulary at the sampling temperature. No row looks at another row.
+    The log-prob is that of the full vocabulary at the sampling temperature, computed as the learner computes it. No row looks at another.
     """
-    logprobs = torch.log_softmax(logits.float() / (params.temperature or 1.0), dim=-1)
+    scaled = logits.float() * (1.0 / (params.temperature or 1.0))
     if params.temperature == 0:
-        tokens = logprobs.argmax(dim=-1)
+        tokens = scaled.argmax(dim=-1)
     else:
-        cumulative = logprobs.double().exp().cumsum(dim=-1)
-        target = keyed_uniform(keys, positions) * cumulative[:, -1]
-        tokens = torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1)  # the first token whose sum exceeds the target
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+        weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp_()
+        tokens = inverse_cdf(truncate(weights, params) if params.truncated else weights, keyed_uniform(keys, positions))
+    return tokens, logprob_of_logits(scaled, tokens)
+
+
+def inverse_cdf(weights: Tensor, numbers: Tensor) -> Tensor:
+    """The token [B] at which the cumulative sum of weights[B,V] (not normalised) exceeds numbers[B] (in [0,1)) of the whole.
+
+    Sums are float64. Over a large vocabulary the span of SPAN tokens is found first, then the token in it.
+    """
+    vocabulary = weights.shape[1]
+    if vocabulary <= WIDE:
+        return above(weights.double().cumsum(dim=-1), numbers)[0]
+    padded = torch.nn.functional.pad(weights, (0, -vocabulary % SPAN)).unflatten(1, (-1, SPAN))
+    span, before, target = above(padded.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1), numbers)
+    within = padded[torch.arange(len(span), device=span.device), span].double().cumsum(dim=-1)
+    rest = (target - before).clamp(max=torch.nextafter(within[:, -1], torch.zeros_like(target)))
+    return span * SPAN + torch.searchsorted(within, rest[:, None], right=True).squeeze(1)
+
+
+def above(cumulative: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(index [B] of the first sum that exceeds the target, the sum before it, the target = number * last sum)."""
+    target = numbers * cumulative[:, -1]
+    index = torch.searchsorted(cumulative, target[:, None], right=True)
+    before = torch.where(index > 0, cumulative.gather(1, (index - 1).clamp(min=0)), 0.0)
+    return index.squeeze(1), before.squeeze(1), target
+
+
+def truncate(weights: Tensor, params: SamplingParams) -> Tensor:
+    """weights[B,V] with what top-k, top-p (nucleus: the likeliest tokens that together reach p) and min-p cut off set to 0."""
+    ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+    kept = torch.ones_like(ordered, dtype=torch.bool)
+    if params.top_k:
+        kept[:, params.top_k :] = False
+    shares = torch.where(kept, ordered, 0.0).double()
+    before = (shares.cumsum(dim=-1) - shares) / shares.sum(dim=-1, keepdim=True)
+    kept &= before < params.top_p
+    kept &= ordered >= params.min_p * ordered[:, :1]
+    return torch.zeros_like(weights).scatter_(1, order, torch.where(kept, ordered, 0.0))
 
 
 def row_key(seed: int, request_id: str, sample_index: int) -> int:

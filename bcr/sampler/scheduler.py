@@ -1,102 +1,226 @@
-"""Which rollouts run: groups wait in order, slots are filled as others finish, and live slots stay together at the front."""
+"""Who runs in the next step: prompts are prefilled in chunks beside the decoding rows, forked to their rollouts, and give way when
+blocks run out.
+
+Positions advance by one a step whatever is sampled, so the scheduler plans a step without having seen the tokens of the last one.
+Only a preemption must know them; it asks for them (`drain`).
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-import torch
-from torch import Tensor
+from bcr.records import Request
+from bcr.sampler.blocks import BlockAllocator
 
-from bcr.records import Request, Rollout
-from bcr.sampler.sampling import row_key
+Copy = tuple[int, int, int]  # (source block, target block, how many tokens of it)
 
 
 @dataclass(eq=False)
-class Group:
-    """One request and its n rollouts. `prefix` is its prompt's keys and values, kept while rollouts of it still wait."""
+class Draft:
+    """One rollout being written. `cached`: how many of its tokens have keys and values in `blocks`, the step under way included."""
 
     request: Request
-    n: int
-    waiting: int
-    prefix: list[tuple[Tensor, Tensor]] | None = None
-    rollouts: dict[int, Rollout] = field(default_factory=dict)
+    index: int
+    key: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    cached: int = 0
+
+    @property
+    def spent(self) -> bool:
+        """Whether the steps under way use up its budget."""
+        return self.cached >= len(self.request.prompt_ids) + self.request.max_new_tokens - 1
 
 
-class Slots:
-    """The state of every slot as [slots] tensors on the device, and on the host who sits where."""
+@dataclass(eq=False)
+class Family:
+    """A prompt and the drafts that start from it. All of it but the last token is prefilled; each draft decodes that one itself."""
 
-    def __init__(self, slots: int, max_new_tokens: int, device: torch.device) -> None:
-        self.owners: list[tuple[Group, int]] = []  # (group, sample index) of the live slots 0 .. len(owners)
-        self.token = torch.zeros(slots, dtype=torch.int64, device=device)  # the next input
-        self.position = torch.zeros(slots, dtype=torch.int64, device=device)  # where it stands in the sequence
-        self.generated = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.limit = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.key = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(slots, max_new_tokens, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(slots, max_new_tokens, dtype=torch.float32, device=device)
+    prompt_ids: list[int]
+    waiting: deque[Draft]
+    blocks: list[int] | None = None
+    prefilled: int = 0
 
-    def admit(self, group: Group, count: int, seed: int) -> slice:
-        """Seat `count` more rollouts of the group behind the live ones; returns their slots."""
-        first = len(self.owners)
-        taken = slice(first, first + count)
-        begun = group.n - group.waiting
-        self.owners += [(group, begun + k) for k in range(count)]
-        self.token[taken] = group.request.prompt_ids[-1]
-        self.position[taken] = len(group.request.prompt_ids) - 1
-        self.generated[taken] = 0
-        self.limit[taken] = group.request.max_new_tokens
-        self.key[taken] = torch.tensor([row_key(seed, group.request.id, begun + k) for k in range(count)], device=self.key.device)
-        group.waiting -= count
-        return taken
+    @property
+    def prefix(self) -> int:
+        return len(self.prompt_ids) - 1
 
-    def record(self, tokens: Tensor, logprobs: Tensor, stop_token_ids: Tensor) -> list[int]:
-        """Note one new token for each live slot; returns the slots that are finished by it."""
-        live = torch.arange(len(self.owners), device=tokens.device)
-        self.tokens[live, self.generated[live]] = tokens
-        self.logprobs[live, self.generated[live]] = logprobs
-        self.token[live] = tokens
-        self.position[live] += 1
-        self.generated[live] += 1
-        done = torch.isin(tokens, stop_token_ids) | (self.generated[live] >= self.limit[live])
-        return done.nonzero().squeeze(1).tolist()
+    @property
+    def ready(self) -> bool:
+        return self.blocks is not None and self.prefilled == self.prefix
 
-    def rollout(self, slot: int, stop_token_ids: Sequence[int], policy_version: int) -> Rollout:
-        length = int(self.generated[slot])
-        tokens = self.tokens[slot, :length].tolist()
-        finish: Literal["stop", "length"] = "stop" if tokens[-1] in stop_token_ids else "length"
-        return Rollout(self.owners[slot][0].request.id, tokens, self.logprobs[slot, :length].tolist(), finish, policy_version)
 
-    def leave(self, finished: list[int]) -> tuple[Tensor, Tensor]:
-        """Close the gaps: returns (sources, targets), the slots that moved, for the cache to follow. Freed slots are left inert."""
-        gone = set(finished)
-        left = len(self.owners) - len(gone)
-        targets = [slot for slot in finished if slot < left]
-        sources = [slot for slot in range(left, len(self.owners)) if slot not in gone]
-        for source, target in zip(sources, targets, strict=True):
-            self.owners[target] = self.owners[source]
-        del self.owners[left:]
-        source_ids, target_ids = (torch.tensor(ids, dtype=torch.int64, device=self.token.device) for ids in (sources, targets))
-        for state in (self.token, self.position, self.generated, self.limit, self.key, self.tokens, self.logprobs):
-            state[target_ids] = state[source_ids]
-        self.token[left:] = 0
-        self.position[left:] = 0
-        return source_ids, target_ids
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start .. start + len(token_ids) - 1 of a prompt, to be prefilled into `blocks`."""
+
+    token_ids: list[int]
+    start: int
+    blocks: list[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step: first `forks`, then `moves`, blocks to copy; then one token for each of `live`, and `chunks`.
+
+    Nothing of the last two means that the tokens of the steps under way must be read first.
+    """
+
+    forks: list[Copy]
+    moves: list[Copy]
+    live: list[Draft]
+    chunks: list[Chunk]
 
 
 class Scheduler:
-    """First come, first served; the rollouts of a group sit down together as far as there is room."""
+    """At most `max_rows` drafts decode at once and at most `step_tokens` tokens go through the model in a step, decoding ones first.
 
-    def __init__(self, requests: Sequence[Request], n: int) -> None:
-        self.groups = [Group(request, n, waiting=n) for request in requests]
-        self.queue = deque(self.groups)
+    Requests with the largest budgets start first, which shortens the tail in which few rows are left.
+    """
 
-    def next_admission(self, free: int) -> tuple[Group, int] | None:
-        """(group, how many of its rollouts) to seat now; None when nobody waits or there is no room."""
-        while self.queue and self.queue[0].waiting == 0:
-            self.queue.popleft().prefix = None
-        if not self.queue or free == 0:
+    def __init__(self, families: Sequence[Family], allocator: BlockAllocator, *, max_rows: int, step_tokens: int) -> None:
+        by_budget = sorted(families, key=lambda family: -family.waiting[0].request.max_new_tokens)
+        self.queue = deque(by_budget)
+        self.allocator, self.max_rows, self.step_tokens = allocator, max_rows, step_tokens
+        self.in_place = all(allocator.needed(len(f.prompt_ids) + f.waiting[0].request.max_new_tokens) == 1 for f in families)
+        self.live: list[Draft] = []
+        self.preemptions = 0
+
+    @property
+    def done(self) -> bool:
+        return not self.live and not self.queue
+
+    def schedule(self, drain: Callable[[], None]) -> Plan:
+        """The next step. `drain()` waits for the tokens of the steps under way; finished drafts leave meanwhile."""
+        forks = self._seat()
+        self._grow(drain)
+        moves = [] if self.queue or not self.in_place else self._compact()
+        chunks = self._prefill()
+        rows = [draft for draft in self.live if not draft.spent]
+        for draft in rows:
+            draft.cached += 1
+        if self.in_place:
+            rows.sort(key=lambda draft: draft.blocks[0])
+        return Plan(forks, moves, rows, chunks)
+
+    def finish(self, draft: Draft) -> None:
+        self.live.remove(draft)
+        self.allocator.release(draft.blocks)
+        draft.blocks = []
+
+    def _seat(self) -> list[Copy]:
+        """Fork the drafts of prefilled prompts, in order, while rows and blocks last; returns the blocks to copy."""
+        copies: list[Copy] = []
+        while self.queue and len(self.live) < self.max_rows:
+            family = self.queue[0]
+            if not family.ready and (family.prefix > 0 or not self._started(family)):
+                break
+            assert family.blocks is not None
+            if len(family.waiting) == 1 and family.prefix:
+                blocks, family.blocks = family.blocks, None  # the last one takes the prompt's own blocks
+            else:
+                fork = self._forked(family)
+                if fork is None:
+                    break
+                blocks, pair = fork
+                copies += [(*pair, family.prefix % self.allocator.block_size)] if pair else []
+            draft = family.waiting.popleft()
+            draft.blocks, draft.cached = blocks, family.prefix
+            self.live.append(draft)
+            if not family.waiting:
+                self.queue.popleft()
+        return copies
+
+    def _forked(self, family: Family) -> tuple[list[int], tuple[int, int] | None] | None:
+        """Blocks for one more draft of the family; None where it must wait."""
+        assert family.blocks is not None
+        if self.live and self.allocator.free <= self._headroom():
             return None
-        return self.queue[0], min(free, self.queue[0].waiting)
+        while (fork := self._copied(family)) is None and not self.live:
+            if not self._evict(behind=family):  # it has the cache to itself: the draft takes the blocks, the others prefill anew
+                blocks, family.blocks, family.prefilled = family.blocks, None, 0
+                return blocks, None
+        return fork
+
+    def _copied(self, family: Family) -> tuple[list[int], tuple[int, int] | None] | None:
+        """The allocator's fork; where there is no prefix, the block of the first token."""
+        assert family.blocks is not None
+        if family.prefix:
+            return self.allocator.fork(family.blocks, family.prefix)
+        block = self.allocator.allocate(1)
+        return None if block is None else (block, None)
+
+    def _headroom(self) -> int:
+        """Blocks kept back so that what already runs can go on a while; none where a block holds a whole request."""
+        return 0 if self.in_place else len(self.live)
+
+    def _grow(self, drain: Callable[[], None]) -> None:
+        """Room for one more token of every live draft; the youngest make room where blocks run out."""
+        for draft in list(self.live):
+            while not draft.spent and draft in self.live and self.allocator.needed(draft.cached + 1) > len(draft.blocks):
+                block = self.allocator.allocate(1)
+                if block is not None:
+                    draft.blocks += block
+                elif not self._evict(behind=None):
+                    drain()
+                    if self.allocator.free == 0 and draft in self.live:
+                        self._preempt(self.live[-1])
+
+    def _compact(self) -> list[Copy]:
+        """Move drafts down into free blocks, so that the blocks in use lie together and are read as one piece."""
+        moves: list[Copy] = []
+        for draft in sorted(self.live, key=lambda draft: -draft.blocks[0]):
+            target = self.allocator.lower(draft.blocks[0])
+            if target is None:
+                break
+            moves.append((draft.blocks[0], target, draft.cached))
+            draft.blocks = [target]
+        return moves
+
+    def _preempt(self, draft: Draft) -> None:
+        """Take its blocks; it will prefill its prompt and all that it has written, and go on."""
+        self.live.remove(draft)
+        self.allocator.release(draft.blocks)
+        draft.blocks = []
+        self.queue.appendleft(Family([*draft.request.prompt_ids, *draft.token_ids], deque([draft])))
+        self.preemptions += 1
+
+    def _evict(self, behind: Family | None) -> bool:
+        """Drop the prefilled prompt that is last in the queue (and not `behind` itself); False where there is none."""
+        for family in reversed(self.queue):
+            if family is not behind and family.blocks:
+                self.allocator.release(family.blocks)
+                family.blocks, family.prefilled = None, 0
+                return True
+        return False
+
+    def _prefill(self) -> list[Chunk]:
+        """Chunks of the prompts whose drafts sit down next, in order, up to the step's tokens."""
+        chunks: list[Chunk] = []
+        room, seats = self.step_tokens - len(self.live), self.max_rows - len(self.live)
+        for family in self.queue:
+            if seats <= 0 or not self._started(family):
+                break
+            assert family.blocks is not None
+            count = min(max(0, room), family.prefix - family.prefilled)
+            if count:
+                stop = family.prefilled + count
+                chunks.append(Chunk(family.prompt_ids[family.prefilled : stop], family.prefilled, family.blocks))
+                family.prefilled, room = stop, room - count
+            seats -= len(family.waiting)
+        return chunks
+
+    def _started(self, family: Family) -> bool:
+        """Whether the family has blocks for its prompt, given now if they are free."""
+        if family.blocks is None:
+            needed = self.allocator.needed(family.prefix)
+            if self.live and self.allocator.free < needed + self._headroom():
+                return False
+            while (blocks := self.allocator.allocate(needed)) is None:
+                if self.live or family is not self.queue[0] or not self._evict(behind=family):
+                    return False
+            family.blocks = blocks
+        return True

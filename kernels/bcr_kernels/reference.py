@@ -109,6 +109,17 @@ def row_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, inv_temperat
     return join(parts, inv_temperature, with_entropy)
 
 
+def logprob_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-prob [R] of targets[R] under logits[R, V] that are there already, temperature and all, in the compute dtype.
+
+    The same operations on the same blocks as in `policy_gradients`: equal logits give equal bits. `logits` is used up.
+    """
+    online = _OnlineSoftmax(targets, logits[:, 0], False)
+    for span in spans(logits.shape[1], VOCAB_BLOCK):
+        online.add(logits[:, span], span.start, scratch=logits[:, span])
+    return online.statistics().logprob
+
+
 def logprob_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -222,7 +233,8 @@ class _OnlineSoftmax:
 
     def statistics(self) -> RowStatistics:
         lead = self.maximum + self.total.log() - self.target_logit
-        logprob = -torch.logaddexp(lead, torch.zeros_like(lead))
+        # log(1 + exp(lead)) by functions that give an element the same bits wherever it stands, which `logaddexp` does not on a CPU
+        logprob = -(lead.clamp(min=0) + torch.log1p((-lead.abs()).exp()))
         logsumexp = self.target_logit - logprob
         entropy = None
         if self.weighted is not None:

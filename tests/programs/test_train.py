@@ -137,6 +137,7 @@ BAD_INPUT = [
     (["advantage.scope=token"], "advantage.scope is 'token'"),
     (["optimizer.lr=0"], "optimizer.lr is 0"),
     (["sampling.row_block=4"], "row_block is 4"),
+    (["sampling.top_p=0.9"], "sampling.top_p is 0.9; training needs it off"),
     (["grading.workers=0"], "workers"),
     (["sampling.temperature=0"], "sampling.temperature is 0"),
     (["data=jsonl", "data.path=nowhere.jsonl"], "there is no such file"),

@@ -1,16 +1,25 @@
 """The sampler gives the same rollouts whatever the batch, the log-probs of the decoder's own forward pass, and transformers' text."""
 
+import dataclasses
+import functools
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bcr.model import Decoder, save_pretrained
 from bcr.model.attention import PackedAttention
-from bcr.sampler import Request, Rollout, Sampler, SamplingParams, engine
+from bcr.sampler import Request, Rollout, Sampler, SamplingParams, engine, invariance
+from bcr.sampler.batch import Batch
+from bcr.sampler.kv_cache import KVCache
+from bcr.sampler.scheduler import Chunk
 
 CPU = torch.device("cpu")
 VOCABULARY = 97
@@ -192,34 +201,46 @@ def test_every_rollout_ends_as_it_says(make_decoder) -> None:
     assert endings == {("length", None), *(("stop", token) for token in STOPS)}
 
 
-def test_the_prompt_of_a_group_is_prefilled_once(make_decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where its rollouts do not sit down together."""
-    prefilled: list[list[int]] = []
+def watch_steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[Chunk]]]:
+    """(rows, chunks) of every forward pass from now on."""
+    steps: list[tuple[int, list[Chunk]]] = []
 
-    def counting(model: Decoder, prompt_ids: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        prefilled.append(prompt_ids)
-        return prefill(model, prompt_ids)
+    def watched(model: Decoder, batch: Batch, chunks: list[Chunk], *rest: Any) -> torch.Tensor:
+        steps.append((len(batch.drafts), chunks))
+        return forward(model, batch, chunks, *rest)
 
-    prefill = engine.prefill
-    monkeypatch.setattr(engine, "prefill", counting)
+    forward = engine.forward
+    monkeypatch.setattr(engine, "forward", watched)
+    return steps
+
+
+@pytest.mark.parametrize("step_tokens", [9, 20, 1024])
+def test_the_prompt_of_a_group_is_prefilled_once(step_tokens: int, make_decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its rollouts do not sit down together, and in whatever chunks."""
+    steps = watch_steps(monkeypatch)
     params = SamplingParams(1.0, n=11, stop_token_ids=STOPS)
-    Sampler(make_decoder(), row_block=8, max_batch=8).generate(MIXED, params)
-    assert prefilled == [request.prompt_ids[:-1] for request in MIXED]
+    Sampler(make_decoder(), row_block=8, max_batch=8, step_tokens=step_tokens).generate(MIXED, params)
+    assert all(rows + sum(len(chunk.token_ids) for chunk in chunks) <= step_tokens for rows, chunks in steps)
+    prefilled = Counter(tuple(chunk.token_ids) for _, chunks in steps for chunk in chunks)
+    if step_tokens == 1024:
+        assert prefilled == Counter(tuple(request.prompt_ids[:-1]) for request in MIXED if len(request.prompt_ids) > 1)
+    assert sum(len(ids) * times for ids, times in prefilled.items()) == sum(len(request.prompt_ids) - 1 for request in MIXED)
+
+
+def test_decoding_goes_on_while_a_long_prompt_is_prefilled(make_decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = watch_steps(monkeypatch)
+    requests = make_requests([2, 200], [50, 50])
+    Sampler(make_decoder(), row_block=8, max_batch=4, step_tokens=12).generate(requests, SamplingParams(stop_token_ids=(96,)))
+    mixed = [rows for rows, chunks in steps if chunks]
+    assert len(mixed) > 15
+    assert all(mixed[1:])  # from the second step on there are decoding rows in every one
 
 
 @pytest.mark.parametrize("max_batch", [1, 8, 13, 20, 64])
 def test_max_batch_is_kept_and_used(max_batch: int, make_decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    live: list[int] = []
-    logits = Sampler._logits
-
-    def watched(self: Sampler, slots: engine.Slots, cache: engine.KVCache) -> torch.Tensor:
-        live.append(len(slots.owners))
-        return logits(self, slots, cache)
-
-    monkeypatch.setattr(Sampler, "_logits", watched)
+    steps = watch_steps(monkeypatch)
     Sampler(make_decoder(), row_block=8, max_batch=max_batch).generate(MIXED, SAMPLED)
-    assert max(live) == min(max_batch, 3 * len(MIXED))
-    assert min(live) >= 1
+    assert max(rows for rows, _ in steps) == min(max_batch, 3 * len(MIXED))
 
 
 def test_a_small_cache_runs_fewer_at_a_time_and_changes_nothing(make_decoder) -> None:
@@ -228,7 +249,32 @@ def test_a_small_cache_runs_fewer_at_a_time_and_changes_nothing(make_decoder) ->
     assert tight.generate(MIXED, SAMPLED) == roomy.generate(MIXED, SAMPLED)
     assert tight._cache is not None
     assert roomy._cache is not None
-    assert tight._cache.slots < roomy._cache.slots
+    assert tight._cache.blocks < roomy._cache.blocks
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_preemption_and_lag_change_nothing(data: st.DataObject, make_decoder) -> None:
+    """Small blocks and hardly room for the longest request: what is thrown out and computed anew comes out the same, bit for bit."""
+    model, whole = make_decoder(), undisturbed(make_decoder)
+    size = data.draw(st.sampled_from([1, 5, 8, 16, 40]))
+    sampler = Sampler(
+        model,
+        max_batch=data.draw(st.integers(4, 60)),
+        step_tokens=data.draw(st.integers(61, 200)),
+        block_size=size,
+        lag=data.draw(st.integers(0, 2)),
+    )
+    longest = max(len(request.prompt_ids) + request.max_new_tokens for request in MIXED)
+    blocks = -(-longest // size) + 1 + data.draw(st.integers(0, 30))
+    sampler._cache = KVCache(model.config, blocks, size, torch.float32, CPU)
+    sampler._cache_for = lambda requests, n: sampler._cache  # type: ignore[method-assign,assignment,return-value]
+    assert by_id(sampler.generate(data.draw(st.permutations(MIXED)), SAMPLED)) == whole
+
+
+@functools.cache
+def undisturbed(make_decoder: Callable[..., Decoder]) -> dict[str, list[Rollout]]:
+    return by_id(Sampler(make_decoder()).generate(MIXED, SAMPLED))
 
 
 def test_progress_counts_every_rollout_once(make_decoder) -> None:
@@ -286,6 +332,41 @@ def test_nothing_asked_nothing_given(make_decoder) -> None:
     assert Sampler(make_decoder()).generate([], SAMPLED) == []
 
 
+def test_a_stop_string_ends_a_completion_with_the_token_that_completes_it(make_decoder) -> None:
+    """Tokens spell "<number>"; a string may span tokens, and text before it is as without it."""
+    model, spell = make_decoder(), lambda ids: "".join(f"<{token}>" for token in ids)
+    free = Sampler(model).generate(MIXED, SAMPLED)
+    for strings in (("><5",), ("7>", "<60")):
+        params = dataclasses.replace(SAMPLED, stop_strings=strings)
+        for lag in (0, 1):
+            stopped = 0
+            for group, whole in zip(Sampler(model, lag=lag).generate(MIXED, params, decode=spell), free, strict=True):
+                for rollout, unstopped in zip(group, whole, strict=True):
+                    texts = [spell(unstopped.token_ids[: count + 1]) for count in range(len(unstopped.token_ids))]
+                    first = next((count for count, text in enumerate(texts) if any(string in text for string in strings)), None)
+                    kept = len(unstopped.token_ids) if first is None else first + 1
+                    assert rollout.token_ids == unstopped.token_ids[:kept]
+                    assert rollout.logprobs == unstopped.logprobs[:kept]
+                    assert rollout.finish == (unstopped.finish if first is None else "stop")
+                    stopped += first is not None
+            assert stopped > 5
+    with pytest.raises(ValueError, match="stop_strings need decode="):
+        Sampler(model).generate(MIXED, params)
+
+
+def test_a_machine_that_breaks_the_rules_is_told(make_decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-in for such a machine: attention summed in longer stretches when there are more queries."""
+    model = make_decoder()
+    assert invariance.check_invariance(model, 16) is None
+    whole = invariance.attend_chunk
+    monkeypatch.setattr(invariance, "attend_chunk", lambda q, k, v, first: whole(q, k, v, first) * (1 + 1e-6 * (len(q) > 1)))
+    with pytest.raises(ValueError, match=r"sampling.invariant is true, but with .* attention cut in different ways"):
+        Sampler(model, invariant=True).generate(MIXED[:1], SAMPLED)
+    with pytest.warns(UserWarning, match="rollouts depend on their company"):
+        Sampler(model).generate(MIXED[:1], SAMPLED)
+    Sampler(model, invariant=False).generate(MIXED[:1], SAMPLED)
+
+
 GOOD = Request("good", [1, 2], 3)
 
 
@@ -310,13 +391,21 @@ def test_a_request_that_fills_the_context_is_served(make_decoder) -> None:
     assert len(rollout.token_ids) == 56 or rollout.finish == "stop"
 
 
-def test_a_cache_too_small_for_one_block_is_named(make_decoder) -> None:
+def test_a_cache_too_small_for_one_request_is_named(make_decoder) -> None:
     model = make_decoder(num_hidden_layers=4, num_key_value_heads=4, head_dim=32)
-    with pytest.raises(ValueError, match="request 'long' needs 230 cached tokens; cache_mb = 1 "):
+    with pytest.raises(ValueError, match="request 'long' needs 230 cached tokens; cache_mb = 1 holds 240, and 480 are needed"):
         Sampler(model, cache_mb=1).generate([GOOD, Request("long", [1] * 200, 30)], SAMPLED)
 
 
-@pytest.mark.parametrize(("wrong", "sentence"), [({"row_block": 7}, "row_block is 7"), ({"max_batch": 0}, "max_batch is 0")])
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"row_block": 7}, "row_block is 7"),
+        ({"max_batch": 0}, "max_batch is 0"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"step_tokens": 256}, "step_tokens is 256; it must exceed max_batch = 256"),
+    ],
+)
 def test_impossible_samplers_are_named(wrong: dict[str, int], sentence: str, make_decoder) -> None:
     with pytest.raises(ValueError, match=sentence):
         Sampler(make_decoder(), **wrong)

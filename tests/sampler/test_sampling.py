@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from bcr.sampler import SamplingParams
 from bcr.sampler import sampling as under_test
@@ -164,6 +165,32 @@ def test_no_row_looks_at_another() -> None:
         assert torch.equal(alone[1], logprobs[one])
 
 
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9, "min_p": 0.02}, {"top_p": 1e-6}])
+def test_what_is_cut_is_what_transformers_cuts(cut: dict[str, float]) -> None:
+    """The same tokens stay possible, and log-probs are those of the whole distribution."""
+    logits = torch.randn(40, 60, generator=torch.Generator().manual_seed(6)) * 2
+    params = SamplingParams(0.8, stop_token_ids=(0,), **cut)  # type: ignore[arg-type]
+    warpers = [
+        TopKLogitsWarper(params.top_k) if params.top_k else None,
+        TopPLogitsWarper(params.top_p) if params.top_p < 1 else None,
+        MinPLogitsWarper(params.min_p) if params.min_p else None,
+    ]
+    scores = logits / 0.8
+    for warper in warpers:
+        scores = scores if warper is None else warper(None, scores)
+    weights = under_test.truncate(torch.softmax(logits / 0.8, -1), params)
+    assert torch.equal(weights > 0, scores > float("-inf"))
+    rows = torch.arange(40)
+    drawn = set()
+    for position in range(200):
+        tokens, logprobs = sample(logits, params, rollout_keys(40), torch.full((40,), position))
+        assert bool((weights[rows, tokens] > 0).all())
+        exact = torch.log_softmax(logits.double() / 0.8, -1)[rows, tokens]
+        torch.testing.assert_close(logprobs.double(), exact, rtol=0, atol=5e-6)
+        drawn.add(int(tokens[3]))
+    assert len(drawn) >= min(3, int((weights[3] > 0).sum()))
+
+
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
@@ -172,6 +199,11 @@ def test_no_row_looks_at_another() -> None:
         ({"temperature": float("inf")}, "sampling.temperature is inf"),
         ({"n": 0}, "sampling.n is 0"),
         ({"stop_token_ids": ()}, "sampling.stop_token_ids is empty"),
+        ({"top_k": -1}, "sampling.top_k is -1"),
+        ({"top_p": 0.0}, "sampling.top_p is 0.0"),
+        ({"top_p": 1.1}, "sampling.top_p is 1.1"),
+        ({"min_p": 1.5}, "sampling.min_p is 1.5"),
+        ({"stop_strings": ("a", "")}, "sampling.stop_strings holds an empty string"),
     ],
 )
 def test_impossible_parameters_are_named(wrong: dict[str, object], sentence: str) -> None:

@@ -1,0 +1,111 @@
+"""Attention of a step: each decoding row over its own context, each chunk of a prompt over what precedes it, from the KV cache.
+
+Read in place where a block of the cache holds a whole request, gathered where blocks are small: the numbers are the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bcr.model.row_attention import QUERY_ROWS, attend, attend_chunk, readable
+from bcr.sampler.batch import Batch
+from bcr.sampler.kv_cache import KVCache
+from bcr.sampler.scheduler import Chunk
+
+
+@dataclass(frozen=True)
+class Run:
+    """Decoding rows `rows` that are attended to together: `length` places of each are read, `unseen` [R,1,1,length] are not theirs."""
+
+    rows: slice
+    blocks: slice | Tensor  # a stretch of the cache, read in place; or a table [R,W] of small blocks to gather
+    length: int
+    unseen: Tensor
+
+
+class CachedAttention:
+    """attention(layer, query[T,Q,D], key[T,K,D], value[T,K,D]) -> [T,Q,D], with the new keys and values written to the cache first.
+
+    The T tokens are one for each row of the batch, then the chunks, then padding, whose attention is 0.
+    """
+
+    def __init__(self, cache: KVCache, batch: Batch, chunks: Sequence[Chunk]) -> None:
+        self.cache, self.chunks = cache, chunks
+        self.rows = len(batch.drafts)
+        table, size, device = batch.table.long(), cache.block_size, batch.device
+        self.blocks = table.gather(1, (batch.position // size)[:, None]).squeeze(1)
+        self.places = batch.position % size
+        self.tables = [torch.tensor(chunk.blocks, device=device) for chunk in chunks]
+        for chunk, blocks in zip(chunks, self.tables, strict=True):
+            positions = torch.arange(chunk.start, chunk.start + len(chunk.token_ids), device=device)
+            self.blocks = torch.cat([self.blocks, blocks[positions // size]])
+            self.places = torch.cat([self.places, positions % size])
+        self.runs = [self._run(batch, table, rows) for rows in stretches(batch, size)]
+
+    def _run(self, batch: Batch, table: Tensor, rows: slice) -> Run:
+        length = readable(max(draft.cached for draft in batch.drafts[rows]))
+        unseen = torch.arange(length, device=batch.device) > batch.position[rows, None]
+        if length <= self.cache.block_size:
+            first = batch.drafts[rows.start].blocks[0]
+            return Run(rows, slice(first, first + rows.stop - rows.start), length, unseen[:, None, None])
+        return Run(rows, fitted(table[rows], length, self.cache.block_size), length, unseen[:, None, None])
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        real = self.blocks.shape[0]
+        self.cache.store(layer, key[:real], value[:real], self.blocks, self.places)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        query_heads, size, key_heads = query.shape[1], query.shape[2], key.shape[1]
+        share = query_heads // key_heads
+        parts = []
+        for run in self.runs:
+            grouped = query[run.rows].view(-1, key_heads, share, size)
+            padded = F.pad(grouped, (0, 0, 0, -share % QUERY_ROWS)) if share % QUERY_ROWS else grouped
+            out = attend(padded, read(keys, run), read(values, run), run.unseen)
+            parts.append(out[:, :, :share].reshape(-1, query_heads, size).to(query.dtype))
+        start = self.rows
+        for chunk, blocks in zip(self.chunks, self.tables, strict=True):
+            stop = start + len(chunk.token_ids)
+            length = readable(chunk.start + stop - start)
+            key_rows, value_rows = (gathered(x, fitted(blocks[None], length, self.cache.block_size))[0] for x in (keys, values))
+            parts.append(attend_chunk(query[start:stop], key_rows, value_rows, chunk.start))
+            start = stop
+        parts.append(query.new_zeros(query.shape[0] - real, query_heads, size))
+        return torch.cat(parts)
+
+
+def stretches(batch: Batch, block_size: int) -> list[slice]:
+    """Rows that can be read together: on neighbouring blocks where a block holds a whole request, all rows where blocks are gathered."""
+    rows = len(batch.drafts)
+    if rows and readable(max(draft.cached for draft in batch.drafts)) > block_size:
+        return [slice(0, rows)]
+    first = [draft.blocks[0] for draft in batch.drafts]
+    borders = [0, *(row for row in range(1, rows) if first[row] != first[row - 1] + 1), rows]
+    return [slice(start, stop) for start, stop in itertools.pairwise(borders) if start < stop]
+
+
+def read(cached: Tensor, run: Run) -> Tensor:
+    """Keys or values [R,K,length,D] of a run: a view where they lie in one stretch."""
+    if isinstance(run.blocks, slice):
+        return cached[run.blocks, :, : run.length]
+    return gathered(cached, run.blocks)[:, :, : run.length]
+
+
+def gathered(cached: Tensor, table: Tensor) -> Tensor:
+    """cached[blocks,K,block_size,D], table[R,W] -> [R,K,W*block_size,D]; no copy for one block of one row."""
+    if table.shape == (1, 1):
+        return cached[int(table)][None]
+    rows, width = table.shape
+    _, heads, block_size, size = cached.shape
+    return cached[table].transpose(1, 2).reshape(rows, heads, width * block_size, size)
+
+
+def fitted(table: Tensor, length: int, block_size: int) -> Tensor:
+    """The table [R,W] cut or filled up (with block 0, which is masked) to blocks for `length` places."""
+    width = -(-length // block_size)
+    return F.pad(table, (0, width - table.shape[1]))

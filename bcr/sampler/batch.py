@@ -1,0 +1,55 @@
+"""The state of the decoding rows, as tensors on the device that move on from step to step without the host."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bcr.sampler.scheduler import Draft
+
+
+class Batch:
+    """Row r belongs to `drafts[r]`. token[R]: its next input; position[R]: where that stands; generated[R]: how many tokens it has written;
+    key[R]: of its random numbers; table[R,W] int32: its blocks, filled up with 0.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.drafts: list[Draft] = []
+        self.blocks: list[list[int]] = []
+        self.token = self.position = self.generated = self.key = torch.zeros(0, dtype=torch.int64, device=device)
+        self.table = torch.zeros(0, 1, dtype=torch.int32, device=device)
+
+    def settle(self, live: list[Draft]) -> None:
+        """Take in who runs now. A row that stays keeps its token on the device: the host may not have seen it yet."""
+        if live != self.drafts:
+            self._replace(live)
+        if [draft.blocks for draft in live] != self.blocks:
+            self.blocks = [list(draft.blocks) for draft in live]
+            width = max(map(len, self.blocks), default=1)
+            self.table = self._upload([row + [0] * (width - len(row)) for row in self.blocks], torch.int32).view(len(live), width)
+
+    def advance(self, tokens: Tensor) -> None:
+        """After a step: the sampled token is the next input."""
+        self.token = tokens
+        self.position = self.position + 1
+        self.generated = self.generated + 1
+
+    def _replace(self, live: list[Draft]) -> None:
+        before = {id(draft): row for row, draft in enumerate(self.drafts)}
+        rows = [before.get(id(draft), -1) for draft in live]
+        fresh = self._upload([[*draft.request.prompt_ids[-1:], *draft.token_ids[-1:]][-1] for draft in live])
+        if self.drafts:
+            source = self._upload(rows)
+            fresh = torch.where(source >= 0, self.token[source], fresh)
+        self.token = fresh
+        self.position = self._upload([draft.cached - 1 for draft in live])
+        self.generated = self.position - self._upload([len(draft.request.prompt_ids) - 1 for draft in live])
+        self.key = self._upload([draft.key for draft in live])
+        self.drafts = live
+
+    def _upload(self, values: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
+        held = torch.tensor(values, dtype=dtype)
+        return held if self.device.type == "cpu" else held.pin_memory().to(self.device, non_blocking=True)
