@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from bcr.model.rotary import RopeScaling, Rotary, rotate
-
 from bcr.model.activation import silu
+from bcr.model.rotary import RopeScaling, Rotary, rotate
 
 # attention(layer, query[T,Q,D], key[T,K,D], value[T,K,D]) -> [T,Q,D]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
