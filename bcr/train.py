@@ -20,6 +20,8 @@ from bcr.learner.credit import make_examples
 from bcr.learner.losses import Denominators
 from bcr.learner.packs import Example, make_pack, pack_examples
 from bcr.learner.step import optimizer_step
+from bcr.model import Decoder
+from bcr.model.ops import implementations
 from bcr.runtime.checkpoint import save_checkpoint
 from bcr.runtime.clock import Clock
 from bcr.runtime.config import as_plain, command_line, launch
@@ -89,7 +91,7 @@ def train(run: Run, console: StepConsole | None = None) -> None:
     config, model, dialect = run.config, run.task.model, run.task.dialect
     optimizer = config.optimizer.build(model)
     clock = Clock()
-    with run.grader, RunFiles(config) as files, console or TrainingConsole(config.steps, title(config)) as told:
+    with run.grader, RunFiles(config) as files, console or TrainingConsole(config.steps, title(config), machinery(model)) as told:
         for step in range(config.steps):
             with clock("sampling"):
                 bundles = run.bundles.take(config.bundles.per_step)
@@ -141,6 +143,13 @@ def step_metrics(judged: Sequence[Judged], live: Sequence[Example], total: int, 
         "dlogprob_tokens": sums.get("tokens", 0.0),
         "mismatch_kl": sums.get("mismatch_kl_sum", 0.0) / tokens,
     }
+
+
+def machinery(model: Decoder) -> str:
+    """One line that says on what the run computes, and by which implementation of each operation."""
+    weight = model.embed_tokens.weight
+    chosen = implementations(weight.device.type, weight.dtype, model.config.head_dim)
+    return f"{weight.device.type}, {str(weight.dtype).removeprefix('torch.')}; {chosen}"
 
 
 def title(config: TrainConfig) -> str:

@@ -1,16 +1,22 @@
-"""Causal attention over packed sequences: the one place that decides which implementation runs.
+"""Causal attention over packed sequences, by the implementation that `bcr.model.ops` chooses.
 
-`scaled_dot_product_attention` on padded batches, sequences of like length together, so that little is padded.
+FlashAttention (flash-attn's or torch's) takes the sequences end to end as they lie. `scaled_dot_product_attention` takes padded batches,
+sequences of like length together, so that little is padded.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bcr.model.ops import implementations
 
 MAX_PADDING = 1.25  # a bucket ends where its longest sequence is more than this times its shortest
 
@@ -27,13 +33,36 @@ class PackedAttention:
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         if min(lengths, default=0) < 1:
             raise ValueError(f"lengths of packed sequences are {list(lengths)}; every one must be at least 1.")
-        self.buckets = bucket_by_length(lengths)
-        self.plans = [padded_places(lengths, rows, longest, device) for rows, longest in self.buckets]
-        held = torch.cat([ids.flatten() if kept is None else ids.flatten()[kept] for ids, kept in self.plans])
-        in_order = all(rows == sorted(rows) for rows, _ in self.buckets) and len(self.buckets) == 1
-        self.back = None if in_order else torch.argsort(held)  # from bucket order to packing order
+        self.lengths, self.device = list(lengths), device
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        way = implementations(query.device.type, query.dtype, query.shape[-1]).attention
+        if way == "torch sdpa":
+            return self.padded(query, key, value)
+        run = flash_attention if way == "flash-attn" else varlen_attention
+        return run(query, key, value, self.boundaries, max(self.lengths))
+
+    @functools.cached_property
+    def boundaries(self) -> Tensor:
+        """cu_seqlens [R+1], int32."""
+        return torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32).to(self.device, non_blocking=True)
+
+    @functools.cached_property
+    def buckets(self) -> list[tuple[list[int], int]]:
+        return bucket_by_length(self.lengths)
+
+    @functools.cached_property
+    def plans(self) -> list[tuple[Tensor, Tensor | None]]:
+        return [padded_places(self.lengths, rows, longest, self.device) for rows, longest in self.buckets]
+
+    @functools.cached_property
+    def back(self) -> Tensor | None:
+        """From bucket order to packing order; None where they are the same."""
+        held = torch.cat([ids.flatten() if kept is None else ids.flatten()[kept] for ids, kept in self.plans])
+        in_order = all(rows == sorted(rows) for rows, _ in self.buckets) and len(self.buckets) == 1
+        return None if in_order else torch.argsort(held)
+
+    def padded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         grouped = query.shape[1] != key.shape[1]
         pieces = []
         for ids, kept in self.plans:
@@ -42,6 +71,21 @@ class PackedAttention:
             pieces.append(out if kept is None else out[kept])
         together = torch.cat(pieces)
         return together if self.back is None else together[self.back]
+
+
+def flash_attention(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # only where it is installed
+
+    return flash_attn_varlen_func(query, key, value, boundaries, boundaries, longest, longest, causal=True)
+
+
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # CUDA only
+
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # implied in the first versions
+        options["enable_gqa"] = True
+    return cast(Tensor, varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options))
 
 
 def padded_places(lengths: Sequence[int], rows: list[int], longest: int, device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from bcr.model.activation import silu
-from bcr.model.rotary import RopeScaling, Rotary, rotate
+from bcr.model import ops
+from bcr.model.rotary import RopeScaling, Rotary
 
 # attention(layer, query[T,Q,D], key[T,K,D], value[T,K,D]) -> [T,Q,D]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -167,7 +167,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
-        self.index = index
+        self.index, self.eps = index, config.rms_norm_eps
         self.head_dim = config.head_dim
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
@@ -179,10 +179,8 @@ class SelfAttention(nn.Module):
         query_heads, key_heads, _ = self.heads
         qkv = self.qkv_proj(hidden).view(hidden.shape[0], sum(self.heads), self.head_dim)
         query_key, value = qkv.split((query_heads + key_heads, key_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:  # queries and keys in one go: they differ in the weight alone
-            weight = torch.cat([self.q_norm.weight.expand(query_heads, -1), self.k_norm.weight.expand(key_heads, -1)])
-            query_key = self.q_norm.unweighted(query_key) * weight
-        query, key = rotate(query_key, rotation).split((query_heads, key_heads), dim=1)
+        norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        query, key = ops.query_and_key(query_key, query_heads, norms, self.eps, rotation)
         return self.o_proj(attention(self.index, query, key, value).flatten(1))
 
 
@@ -195,8 +193,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
-        return self.down_proj(silu(gate) * up)
+        return self.down_proj(ops.swiglu(self.gate_up_proj(hidden)))
 
 
 class RMSNorm(nn.Module):
@@ -207,9 +204,5 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def unweighted(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        return F.rms_norm(wide, self.weight.shape, eps=self.eps).to(x.dtype)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.unweighted(x) * self.weight
+        return ops.rms_norm(x, self.weight, self.eps)

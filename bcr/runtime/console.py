@@ -41,15 +41,17 @@ class StepConsole(Protocol):
 class TrainingConsole:
     """A context manager; call `step` once for every step."""
 
-    def __init__(self, steps: int, title: str) -> None:
+    def __init__(self, steps: int, title: str, detail: str = "") -> None:
         self.console = Console(highlight=False, soft_wrap=True)
-        self.steps, self.title, self.begun = steps, title, time.perf_counter()
+        self.steps, self.title, self.detail, self.begun = steps, title, detail, time.perf_counter()
         text = "{task.completed}/{task.total} steps, about {task.fields[left]} left"
         self.progress = Progress(TextColumn(title), BarColumn(), TextColumn(text), console=self.console, transient=True)
         self.task = self.progress.add_task(title, total=steps, left="?")
 
     def __enter__(self) -> TrainingConsole:
         self.console.print(self.title, style="bold")
+        if self.detail:
+            self.console.print(self.detail, style="dim")
         self.console.print(" step  " + "  ".join(heading.rjust(width(pattern)) for heading, _, pattern in COLUMNS), style="dim")
         self.progress.start()
         return self
