@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from bcr.model import ops
+from bcr.model.experts import MixtureOfExperts
+from bcr.model.mlp import SwiGLU
 from bcr.model.rotary import RopeScaling, Rotary
 
 # attention(layer, query[T,Q,D], key[T,K,D], value[T,K,D]) -> [T,Q,D]
@@ -44,6 +46,11 @@ class DecoderConfig:
     qk_norm: bool = True
     qkv_bias: bool = False
     tie_word_embeddings: bool = False
+    num_experts: int = 0  # 0: a dense model
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    mlp_only_layers: tuple[int, ...] = ()  # layers of a mixture model that are dense
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -55,6 +62,12 @@ class DecoderConfig:
                 f"model.num_attention_heads is {self.num_attention_heads}, which is no multiple of "
                 f"num_key_value_heads = {self.num_key_value_heads}; every key/value head serves a whole number of query heads."
             )
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"model.num_experts_per_tok is {self.num_experts_per_tok}; it must be from 1 to num_experts = {self.num_experts}."
+            )
+        if self.num_experts and self.moe_intermediate_size < 1:
+            raise ValueError(f"model.moe_intermediate_size is {self.moe_intermediate_size}; it must be at least 1.")
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}; rotary embeddings need an even number.")
 
@@ -148,18 +161,26 @@ class _Lookup(torch.autograd.Function):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and SwiGLU, each added to the residual stream."""
+    """Pre-norm attention and SwiGLU (or a mixture of them), each added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config, index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp = feed_forward(config, index)
 
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, attention)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+def feed_forward(config: DecoderConfig, index: int) -> nn.Module:
+    """The feed-forward block of layer `index`."""
+    if config.num_experts == 0 or index in config.mlp_only_layers:
+        return SwiGLU(config.hidden_size, config.intermediate_size)
+    sizes = config.hidden_size, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok
+    return MixtureOfExperts(*sizes, config.norm_topk_prob)
 
 
 class SelfAttention(nn.Module):
@@ -182,18 +203,6 @@ class SelfAttention(nn.Module):
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
         query, key = ops.query_and_key(query_key, query_heads, norms, self.eps, rotation)
         return self.o_proj(attention(self.index, query, key, value).flatten(1))
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_up_proj(hidden)))
 
 
 class RMSNorm(nn.Module):

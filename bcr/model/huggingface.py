@@ -1,6 +1,6 @@
 """Checkpoints in Hugging Face layout, in and out: config.json, safetensors and all that lies beside them, for `transformers` unchanged.
 
-Families: Qwen3 (q/k norm), Qwen2 (qkv bias) and Llama, dense; RoPE plain or scaled (`bcr.model.rotary`).
+Families: Qwen3 (q/k norm), dense and mixture of experts, Qwen2 (qkv bias) and Llama; RoPE plain or scaled (`bcr.model.rotary`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from bcr.model.weights import INDEX, SHARD_BYTES, empty_state, fill_from, under_
 
 FAMILIES = {  # model_type: (architecture, switches of our config)
     "qwen3": ("Qwen3ForCausalLM", {"qk_norm": True, "qkv_bias": False}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {"qk_norm": True, "qkv_bias": False}),
     "qwen2": ("Qwen2ForCausalLM", {"qk_norm": False, "qkv_bias": True}),
     "llama": ("LlamaForCausalLM", {"qk_norm": False, "qkv_bias": False}),
 }
@@ -34,6 +35,8 @@ SHARED_FIELDS = (
     "tie_word_embeddings",
 )
 
+MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+
 COMPANIONS = (  # what belongs to a checkpoint beside its weights
     "config.json",
     "generation_config.json",
@@ -47,7 +50,13 @@ COMPANIONS = (  # what belongs to a checkpoint beside its weights
     "chat_template.jinja",
     "chat_template.json",
 )
-STALE = ("rope_scaling", "torch_dtype", "auto_map", "transformers_version")  # of the config.json that a model was loaded with
+STALE = (
+    "rope_scaling",
+    "num_local_experts",
+    "torch_dtype",
+    "auto_map",
+    "transformers_version",
+)  # of the config.json that a model was loaded with
 
 
 def load_pretrained(path_or_repo: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Decoder:
@@ -100,7 +109,7 @@ def save_pretrained(
 def describe(model: Decoder) -> dict[str, Any]:
     """The config.json of a decoder, without its special tokens."""
     config = model.config
-    family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    family = ("qwen3_moe" if config.num_experts else "qwen3") if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     scaling = config.rope_scaling.fields() if config.rope_scaling else {"rope_type": "default"}
     described = {
         "architectures": [FAMILIES[family][0]],
@@ -111,6 +120,9 @@ def describe(model: Decoder) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_parameters": {**scaling, "rope_theta": config.rope_theta},
     }
+    if config.num_experts:
+        described |= {name: getattr(config, name) for name in MOE_FIELDS}
+        described |= {"decoder_sparse_step": 1, "mlp_only_layers": list(config.mlp_only_layers)}
     if config.rope_scaling:
         described["rope_scaling"] = scaling  # where readers of before transformers 5 look
     return described
@@ -156,7 +168,7 @@ def read_config(folder: Path) -> DecoderConfig:
     head_dim = 128 if family == "qwen3" else raw["hidden_size"] // max(1, heads)  # where the file is silent, as in transformers
     defaults = {"num_key_value_heads": heads, "head_dim": head_dim, "tie_word_embeddings": False}
     fields = {name: raw[name] if raw.get(name) is not None else defaults[name] for name in SHARED_FIELDS}
-    switches = FAMILIES[family][1]
+    switches = {**FAMILIES[family][1], **(read_mixture(raw, folder) if family == "qwen3_moe" else {})}
     if raw.get("attention_bias"):
         raise ValueError(f"{folder}: attention_bias is set, and {family} is supported without it.")
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
@@ -166,6 +178,18 @@ def read_config(folder: Path) -> DecoderConfig:
         return DecoderConfig(**fields, **switches, rope_theta=10_000.0 if theta is None else float(theta), rope_scaling=scaling)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def read_mixture(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The fields of a mixture of experts; layers that `decoder_sparse_step` skips are named one by one."""
+    raw = {"num_experts": raw.get("num_local_experts"), **raw}  # transformers 5 writes it so
+    lacking = [name for name in MOE_FIELDS[:3] if not isinstance(raw.get(name), int)]
+    if lacking:
+        raise ValueError(f"{folder}: config.json does not say {', '.join(lacking)} as whole numbers.")
+    step, layers = raw.get("decoder_sparse_step") or 1, range(raw["num_hidden_layers"])
+    dense = {layer for layer in layers if (layer + 1) % step} | set(raw.get("mlp_only_layers") or [])
+    fields = {name: raw[name] for name in MOE_FIELDS[:3]}
+    return {**fields, "norm_topk_prob": bool(raw.get("norm_topk_prob")), "mlp_only_layers": tuple(sorted(dense))}
 
 
 def stop_token_ids(folder: Path) -> list[int]:

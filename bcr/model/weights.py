@@ -28,7 +28,6 @@ UNMAP_BYTES = 64_000_000  # what is read of a mapped file counts as memory while
 def under_their_names(state: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     """Views of our tensors under Hugging Face's names: what is written to a view is in our tensor."""
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    sizes = {"qkv_proj": [n * config.head_dim for n in heads], "gate_up_proj": [config.intermediate_size] * 2}
     views: dict[str, Tensor] = {}
     for name, tensor in state.items():
         ours = next((fused for fused in FUSED if f".{fused}." in name), None)
@@ -36,7 +35,8 @@ def under_their_names(state: Mapping[str, Tensor], config: DecoderConfig) -> dic
         if ours is None:
             views[prefix + name] = tensor
             continue
-        for theirs, part in zip(FUSED[ours], tensor.split(sizes[ours]), strict=True):
+        sizes = [n * config.head_dim for n in heads] if ours == "qkv_proj" else [tensor.shape[0] // 2] * 2
+        for theirs, part in zip(FUSED[ours], tensor.split(sizes), strict=True):
             views[prefix + name.replace(ours, theirs)] = part
     return views
 

@@ -250,7 +250,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing layer": (configure(num_hidden_layers=3), "lack the tensor '.*layers.2."),
     "unknown tensor": (put("model.layers.0.mlp.router.weight", 4, 64), "hold the tensor '.*mlp.router.weight'"),
     "unexpected bias": (put("model.layers.0.self_attn.q_proj.bias", 64), "hold the tensor '.*q_proj.bias'"),
-    "architecture": (configure(model_type="mamba"), "model_type is 'mamba'; supported are llama, qwen2, qwen3"),
+    "architecture": (configure(model_type="mamba"), "model_type is 'mamba'; supported are llama, qwen2, qwen3, qwen3_moe"),
     "no architecture": (configure(model_type="absent"), "model_type is None"),
     "rope scaling": (configure(rope_parameters="absent", rope_scaling={"type": "dynamic", "factor": 4.0}), "RoPE scaling 'dynamic'"),
     "rope parameters": (configure(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "RoPE scaling 'llama3'"),
