@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 import bcr
 from bcr.analysis.report.figures import colour_of, comparison, length_by_correctness
 from bcr.analysis.report.folder import Results
+from bcr.analysis.report.pooling import pooling
 from bcr.analysis.report.remarks import headlines, sentences
 from bcr.analysis.report.training import STAGE_NAMES, training_figures
 from bcr.analysis.report.transcripts import SIGNS, pairs, training_rollouts
@@ -47,6 +48,7 @@ def page(results: Results) -> str:
         headlines=headlines(results),
         sentences=sentences(results),
         comparison=comparison(results),
+        pooling=pooling(results),
         correctness=length_by_correctness(results),
         training=training_figures(results.runs, results.main),
         stage_names=STAGE_NAMES,

@@ -88,7 +88,7 @@ def sentences(results: Results) -> list[str]:
     said = [str(sentence) for sentence in results.summary.get("said", [])]
     if not results.summary and results.main.training is not None:
         said += said_of_training(results.main.training)
-    return [*said, ONE_SEED]
+    return said if any(sentence.startswith("One seed") for sentence in said) else [*said, ONE_SEED]
 
 
 def said_of_training(training: Training) -> list[str]:

@@ -88,15 +88,16 @@ class Panel:
         place = f'cx="{self.x(x) + shift:.1f}" cy="{self.y(y):.1f}" r="4"'
         self.parts.append(f'<circle class="{kind}" style="--c:var(--{colour})" {place}><title>{escape(says)}</title></circle>')
 
-    def stretch(self, start: float, stop: float, label: str, kind: str = "stage") -> None:
-        """A part of the x axis, shaded, with its name at the top: in one line, word by word, or not at all where it is too narrow."""
+    def stretch(self, start: float, stop: float, label: str, kind: str = "stage", at_foot: bool = False) -> None:
+        """A part of the x axis, shaded, with its name in one line, word by word, or not at all where it is too narrow."""
         left, right = self.x(start), self.x(stop)
         box = f'x="{left:.1f}" y="{TOP}" width="{max(0.0, right - left):.1f}" height="{self.height - BOTTOM - TOP}"'
         self.parts.append(f'<rect class="{kind}" {box}/>')
         words = [label] if right - left > 6.2 * len(label) else label.split()
         if right - left > 6.2 * max(map(len, words)):
             for row, word in enumerate(words):
-                self.text(left + 5, TOP + 13 * (row + 1), word, kind="stage-name")
+                above = 13 * (len(words) - row - 1)
+                self.text(left + 5, self.height - BOTTOM - 7 - above if at_foot else TOP + 13 * (row + 1), word, kind="stage-name")
 
     def upright(self, x: float) -> None:
         place = self.x(x)

@@ -87,8 +87,8 @@ def curve_panel(run: Run, curve: Curve, scale: tuple[float, float], stages: Stag
     panel = Panel((first, max(last, first + 1)), scale)
     if stages.change is not None:
         change = float(steps[stages.change]["step"])
-        panel.stretch(first, change, STAGE_NAMES[0], "stage first")
-        panel.stretch(change, last, STAGE_NAMES[1], "stage second")
+        panel.stretch(first, change, STAGE_NAMES[0], "stage first", curve is ACCURACY)
+        panel.stretch(change, last, STAGE_NAMES[1], "stage second", curve is ACCURACY)
     panel.axes(ticks_between(first, max(last, first + 1), whole=True), ticks_between(*scale), "step", curve.shown)
     colour = colour_of(run)
     if curve.interval is not None:
@@ -135,8 +135,13 @@ def window(steps: Sequence[Record]) -> int:
 
 
 def ends(steps: Sequence[Record], name: str) -> tuple[float, float]:
-    size = window(steps)
-    return fmean(step[name] for step in steps[:size]), fmean(step[name] for step in steps[-size:])
+    """Means over the first steps, few because much changes there, and over the last ones."""
+    return fmean(step[name] for step in steps[: opening(steps)]), fmean(step[name] for step in steps[-window(steps) :])
+
+
+def opening(steps: Sequence[Record]) -> int:
+    """How many first steps are averaged: a twentieth, at least one, at most three."""
+    return max(1, min(3, len(steps) // 20))
 
 
 def standard_error(steps: Sequence[Record]) -> float:

@@ -26,10 +26,11 @@ class SegmentView:
 
 @dataclass(frozen=True)
 class RolloutView:
-    """`outcome`: the verdict of each problem, also of those that no segment belongs to."""
+    """`outcome`: the verdict of each problem; `unseen`: whether there are problems that no segment belongs to."""
 
     heading: str
     outcome: list[str]
+    unseen: bool
     segments: list[SegmentView]
     tokens: int
     per_problem: float
@@ -112,7 +113,10 @@ def view(line: Record, heading: str, largest: float = 0.0) -> RolloutView:
         for segment in line["segments"]
     ]
     per_problem = line["tokens"] / len(outcome)
-    return RolloutView(heading, outcome, segments, line["tokens"], per_problem, outcome.count("correct"), line["finish"] == "length")
+    unseen = {segment.number for segment in segments} != set(range(1, len(outcome) + 1))
+    return RolloutView(
+        heading, outcome, unseen, segments, line["tokens"], per_problem, outcome.count("correct"), line["finish"] == "length"
+    )
 
 
 def verdicts(line: Record) -> set[str]:

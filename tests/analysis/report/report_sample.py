@@ -14,6 +14,7 @@ RUNS = {  # accuracy and tokens per problem at N = 1, and what each further prob
     "same_cap": ("Single problems, 22 tokens each", 0.65, 18.0, 0.01),
     "penalty": ("Single problems, penalty on length", 0.09, 5.0, 0.001),
 }
+POOLED = [("bcr_tight", 0.99, 0.02), ("same_cap", 1.2, 0.27)]  # accuracy without operations, and what each takes away
 
 
 def measures(accuracy: float, tokens: float) -> dict:
@@ -102,6 +103,9 @@ def demo_folder(folder: Path, keys: tuple[str, ...] = tuple(RUNS), complete: boo
     if {"base", "bcr"} <= set(keys):
         shared = {"base": [0.8, 0.65, 0.47, 0.26], "bcr": [0.9, 0.93, 0.91, 0.59]}
         summary["shared_budget"] = {"tokens": 110, "sizes": SIZES, **shared}
+    if {"bcr_tight", "same_cap"} <= set(keys):
+        by_operations = {key: {str(n): measures(high - slope * n, 5.0 * n) for n in (2, 3, 4)} for key, high, slope in POOLED}
+        summary["hardest"] = {"cap": 22, "operations": 4, "tokens_needed": 24.5, "by_operations": by_operations}
     (folder / "summary.json").write_text(json.dumps(summary))
     lines(folder / "evaluations.jsonl", evaluations)
     return folder

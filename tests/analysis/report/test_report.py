@@ -61,8 +61,9 @@ def test_a_demo_shows_every_figure_and_every_run(tmp_path):
     folder = demo_folder(tmp_path)
     found = report(folder)
     headings = found.text["figcaption"]
-    assert headings[:5] == ["Tokens per problem", "Accuracy, roomy budget", "Accuracy, 110 tokens for all N together", "N = 1", "N = 3"]
-    assert len(found.all("svg")) == len(headings) == 5 + 6 + 4 * 3
+    assert headings[:3] == ["Tokens per problem", "Accuracy, roomy budget", "Accuracy, 110 tokens for all N together"]
+    assert headings[3:7] == ["Accuracy at N = 1", "Tokens of a correct answer at N = 1", "N = 1", "N = 3"]
+    assert len(found.all("svg")) == len(headings) == 7 + 6 + 4 * 3
     assert len({attributes["id"] for _, attributes in found.elements if "id" in attributes}) == len(
         [1 for _, attributes in found.elements if "id" in attributes]
     )
@@ -92,7 +93,7 @@ def test_intervals_lie_where_the_numbers_say(tmp_path):
     """The upright bar of the base's accuracy at N = 1 spans Wilson's interval on the panel's own scale."""
     found = report(demo_folder(tmp_path))
     bars = [line for line in found.all("line") if line.get("class") == "interval"]
-    assert len(bars) == 2 * 6 * 4 + 2 * 4
+    assert len(bars) == 2 * 6 * 4 + 2 * 4 + 2 * 3
     rules = [float(line["y1"]) for line in found.all("line") if line.get("class") == "rule"]
     top, bottom = min(rules), max(rules[:12])
     low, high = ((bottom - float(bars[24][name])) / (bottom - top) for name in ("y1", "y2"))
@@ -230,6 +231,16 @@ def test_a_folder_without_results_is_one_sentence_and_exit_code_2(tmp_path, caps
         write_report(tmp_path)
     with pytest.raises(ValueError, match="neither"):
         write_report(tmp_path / "nowhere")
+
+
+def test_help_says_what_it_makes_and_of_what(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "python -m bcr.report" in said
+    assert "FOLDER/report.html" in said
+    assert "outputs/train" in said
 
 
 def test_the_program_needs_no_torch_and_says_where_the_report_is(tmp_path):
