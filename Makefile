@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-slow lint format gpu clean
+.PHONY: install demo demo-quick test test-slow lint format gpu clean
 
 install: $(INSTALLED)
 
@@ -14,8 +14,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+# The whole argument; demo-quick is the base against BCR alone.
 demo: $(INSTALLED)
 	$(BIN)/python -m bcr.demo
+
+demo-quick: $(INSTALLED)
+	$(BIN)/python -m bcr.demo output=outputs/demo-quick parts=[bcr]
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"

@@ -74,3 +74,25 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def hardest_problems(tight: Sequence[Judged], capped: Sequence[Judged], cap: int) -> dict[str, Any]:
+    """How the hardest problems (highest difficulty) fare under a shared budget and under the same cap for each, both measured at N = 1.
+
+    `tokens_needed` is the mean length of their correct answers after training on the shared budget; None where there are none.
+    """
+    hardest = max(judged.bundle.problems[0].difficulty or 0.0 for judged in tight)
+    found = {name: by_difficulty(rollouts) for name, rollouts in (("bcr_tight", tight), ("same_cap", capped))}
+    return {
+        "cap": cap,
+        "operations": int(hardest),
+        "tokens_needed": found["bcr_tight"][hardest]["tokens_correct"],
+        "accuracy": {name: groups[hardest]["accuracy"] for name, groups in found.items()},
+        "by_operations": {name: {str(int(level)): measures for level, measures in groups.items()} for name, groups in found.items()},
+    }
+
+
+def by_difficulty(rollouts: Sequence[Judged]) -> dict[float, dict[str, Any]]:
+    """`summarise` of the rollouts of single problems, for each difficulty, the easiest first."""
+    levels = sorted({judged.bundle.problems[0].difficulty or 0.0 for judged in rollouts})
+    return {level: summarise([judged for judged in rollouts if (judged.bundle.problems[0].difficulty or 0.0) == level]) for level in levels}
