@@ -38,6 +38,8 @@ class PackedAttention:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         way = implementations(query.device.type, query.dtype, query.shape[-1]).attention
         if way == "torch sdpa":
+            if query.device.type == "cpu":  # float32 inside, as in the sampler: torch's kernel rounds the weights to bfloat16
+                return self.padded(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))).to(query.dtype)
             return self.padded(query, key, value)
         run = flash_attention if way == "flash-attn" else varlen_attention
         return run(query, key, value, self.boundaries, max(self.lengths))

@@ -75,8 +75,9 @@ class CachedAttention:
             key_rows, value_rows = (gathered(x, fitted(blocks[None], length, self.cache.block_size))[0] for x in (keys, values))
             parts.append(attend_chunk(query[start:stop], key_rows, value_rows, chunk.start))
             start = stop
-        parts.append(query.new_zeros(query.shape[0] - real, query_heads, size))
-        return torch.cat(parts)
+        if query.shape[0] > real:
+            parts.append(query.new_zeros(query.shape[0] - real, query_heads, size))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def stretches(batch: Batch, block_size: int) -> list[slice]:
