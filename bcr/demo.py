@@ -43,43 +43,43 @@ class Part:
     every: int = 10  # steps between two lines on the console
 
 
-BASE_COST = 17.5  # of the base's evaluation
+BASE_COST = 16.2  # of the base's evaluation
 
 PARTS = {
     "bcr": Part(
         "arithmetic_mixed_n",
         "BCR, N = 1 to 6",
         "One to six problems in a prompt share 160 tokens; the reward is the accuracy of each answer and nothing else.",
-        step_cost=1.33,
-        evaluation_cost=9.5,
+        step_cost=1.0,
+        evaluation_cost=7.2,
     ),
     "grpo": Part(
         "arithmetic_single",
         "GRPO, N = 1",
         "Plain GRPO: the same reward, one problem in a prompt, a cap that never binds. Watch the tokens grow.",
-        step_cost=1.87,
-        evaluation_cost=22.0,
+        step_cost=1.36,
+        evaluation_cost=10.6,
     ),
     "bcr_tight": Part(
         "arithmetic_tight_budget",
         "BCR, 66 for 3",
         "Three problems share 66 tokens: an easy one can lend to a hard one.",
-        step_cost=0.62,
-        evaluation_cost=6.0,
+        step_cost=0.64,
+        evaluation_cost=2.9,
     ),
     "same_cap": Part(
         "arithmetic_same_cap",
         "22 for each",
         "The control: as many tokens for each problem, but nothing to lend.",
-        step_cost=0.6,
-        evaluation_cost=6.0,
+        step_cost=0.39,
+        evaluation_cost=4.2,
     ),
     "penalty": Part(
         "arithmetic_length_penalty",
         "Length penalty",
         "The obvious rival: correct - 2 * tokens / 40 on single problems. Watch the accuracy.",
-        step_cost=0.55,
-        evaluation_cost=3.5,
+        step_cost=0.39,
+        evaluation_cost=1.9,
         every=2,
     ),
 }
