@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bcr.analysis.measures import summarise
+from bcr.analysis.cell import budget_curve, describe, scaling_laws
 from bcr.assemble import Task, assemble, build_grader, build_sampler, check_context, data_set, read_problems
 from bcr.records import Problem, Verdict
 from bcr.runtime.config import as_plain, launch
@@ -51,7 +51,7 @@ def prepare(config: EvaluateConfig) -> Evaluation:
         raise ValueError("sizes, budgets and budgets_per_problem: there must be at least one N and one budget.")
     settle_in(config.threads)
     listed = {entry: data_set(entry, config.data) for entry in config.benchmarks}
-    first, *others = listed or {"data": config.data}
+    first, *others = listed or {config.data.path or config.data.kind: config.data}
     task = assemble(config.model, listed.get(first, config.data), config.dialect, config.seed, choose_device(config.device))
     problems = task.finite or [task.problems[index] for index in range(config.problems or ENDLESS)]
     sets = {first: problems[: config.problems], **{entry: read_problems(listed[entry])[: config.problems] for entry in others}}
@@ -61,9 +61,18 @@ def prepare(config: EvaluateConfig) -> Evaluation:
             check_context(task, config.sizes, budget, asked)
     if config.cyclic and max(config.sizes) > min(map(len, sets.values())):
         raise ValueError(f"sizes has N = {max(config.sizes)}, more than there are problems; cyclic bundles would ask one twice at once.")
-    chosen = config.sampling
+    if config.samples < 1:
+        raise ValueError(f"samples is {config.samples}; it must be at least 1.")
+    if config.cut_at and min(config.cut_at) < 1:
+        raise ValueError(f"cut_at is {config.cut_at}; a completion can be cut at 1 token or later.")
     params = SamplingParams(
-        chosen.temperature, 1, task.dialect.stop_token_ids, config.seed, top_k=chosen.top_k, top_p=chosen.top_p, min_p=chosen.min_p
+        config.sampling.temperature,
+        config.samples,
+        task.dialect.stop_token_ids,
+        config.seed,
+        top_k=config.sampling.top_k,
+        top_p=config.sampling.top_p,
+        min_p=config.sampling.min_p,
     )
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
@@ -83,14 +92,14 @@ def evaluate_cell(
     progress: Callable[[int, int], None] | None = None,
     cyclic: bool = False,
 ) -> list[Judged]:
-    """All problems once, `size` to a prompt, in their order; or each at every position of a prompt, if `cyclic`."""
+    """All problems, `size` to a prompt, in their order; or each at every position of a prompt, if `cyclic`. `params.n` rollouts each."""
     bundles = (cyclic_bundles if cyclic else consecutive_bundles)(problems, size, dialect, budget, "evaluate")
     groups = sampler.generate([as_request(bundle) for bundle in bundles], params, progress)
     return [judged for group in judge(bundles, groups, dialect, grader) for judged in group]
 
 
 def evaluate(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """One record a cell: data set, N, budget, how many verdicts of each kind, and the measures of `bcr.analysis.measures.summarise`."""
+    """One record a cell: data set, N, budget, and all that `bcr.analysis.cell` says of its rollouts."""
     task, cells = evaluation.task, []
     with evaluation.grader as grader, Progress(console=Console(stderr=True), transient=True) as progress:
         for name, (size, budget) in itertools.product(evaluation.sets, evaluation.cells):
@@ -110,27 +119,36 @@ def evaluate(evaluation: Evaluation) -> list[dict[str, Any]]:
                 show,
                 evaluation.config.cyclic,
             )
-            counted = Counter(verdict for one in judged for verdict in one.verdicts)
-            verdicts = {verdict.value: counted[verdict] for verdict in Verdict}
-            asked = {"data": name, "n": size, "budget": budget.total, "budget_per_problem": budget.per_problem}
-            cells.append({**asked, "verdicts": verdicts, **summarise(judged)})
+            cell = {"data": name, "n": size, "budget": budget.total, "budget_per_problem": budget.per_problem}
+            cut_at = evaluation.config.cut_at
+            curve = budget_curve(judged, cut_at, task.dialect, grader) if cut_at else {}
+            cells.append({**cell, **describe(judged, task.dialect), **curve})
             progress.remove_task(bar)
     return cells
 
 
+def law_lines(cells: Sequence[dict[str, Any]]) -> list[str]:
+    """The task-scaling laws for people."""
+    lines = []
+    for law in scaling_laws(cells):
+        error = "" if law["exponent_se"] is None else f" ± {law['exponent_se']:.3f}"
+        falls = "fall with every N" if law["monotone"] else "do not fall with every N"
+        where = f"{Path(law['data']).stem}, {described(Budget(None, law['budget_per_problem']))}"
+        lines.append(f"{where}: tokens a problem ~ {law['scale']:.1f} N^-({law['exponent']:.3f}{error}); they {falls}.")
+    return lines
+
+
 def described(budget: Budget) -> str:
-    return f"{budget.total} shared" if budget.total is not None else f"{budget.per_problem} a problem"
+    return f"{budget.total} shared" if budget.total is not None else f"{budget.per_problem} each"
 
 
 def table(cells: Sequence[dict[str, Any]]) -> Table:
-    """The results for people."""
-    result = Table("data", "N", "budget", "accuracy", "tokens/problem", "checks/problem", "truncated")
+    """The results for people. Tokens and checks are those of a problem; the interval is the bootstrap's, at 95 %."""
+    result = Table("data", "N", "budget", "accuracy", "tokens", "checks", "truncated", box=SIMPLE, pad_edge=False)
     for cell in cells:
         result.add_row(
-            Path(cell["data"]).stem,
-            str(cell["n"]),
-            described(Budget(cell["budget"], cell["budget_per_problem"])),
-            f"{cell['accuracy']:.1%} ± {cell['accuracy_se']:.1%}",
+            *asked(cell),
+            f"{cell['accuracy']:.1%} [{100 * cell['accuracy_interval'][0]:.1f}, {100 * cell['accuracy_interval'][1]:.1f}]",
             f"{cell['tokens_per_problem']:.1f}",
             f"{cell['checks_per_problem']:.2f}",
             f"{cell['truncated']:.0%}",
@@ -139,20 +157,24 @@ def table(cells: Sequence[dict[str, Any]]) -> Table:
 
 
 def verdict_table(cells: Sequence[dict[str, Any]]) -> Table:
-    """How many verdicts of each kind; they add up to the problems asked."""
-    result = Table("data", "N", "budget", *(verdict.value for verdict in Verdict), "problems")
+    """How many verdicts of each kind, of those that occur."""
+    kinds = [verdict.value for verdict in Verdict if any(cell["verdicts"][verdict.value] for cell in cells)]
+    result = Table("data", "N", "budget", *kinds, box=SIMPLE, pad_edge=False)
     for cell in cells:
-        counts = [str(cell["verdicts"][verdict.value]) for verdict in Verdict]
-        budget = described(Budget(cell["budget"], cell["budget_per_problem"]))
-        result.add_row(Path(cell["data"]).stem, str(cell["n"]), budget, *counts, str(cell["problems"]))
+        result.add_row(*asked(cell), *(str(cell["verdicts"][kind]) for kind in kinds))
     return result
+
+
+def asked(cell: dict[str, Any]) -> tuple[str, str, str]:
+    return Path(cell["data"]).stem, str(cell["n"]), described(Budget(cell["budget"], cell["budget_per_problem"]))
 
 
 def run(evaluation: Evaluation) -> None:
     cells = evaluate(evaluation)
     Console().print(table(cells), verdict_table(cells))
+    print(*law_lines(cells), sep="\n")
     if evaluation.config.output:
-        result = {"config": as_plain(evaluation.config), "cells": cells}
+        result = {"config": as_plain(evaluation.config), "cells": cells, "scaling_laws": scaling_laws(cells)}
         Path(evaluation.config.output).write_text(json.dumps(result, indent=2) + "\n")
         print(f"written: {evaluation.config.output}")
 

@@ -132,6 +132,8 @@ class EvaluateConfig:
     benchmarks: list[str] = field(default_factory=list)
     problems: int | None = 600
     sizes: list[int] = field(default_factory=lambda: [1, 2, 3])
+    samples: int = 1
+    cut_at: list[int] = field(default_factory=list)
     cyclic: bool = False
     budgets: list[int] = field(default_factory=list)
     budgets_per_problem: list[int] = field(default_factory=list)

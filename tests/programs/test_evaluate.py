@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from bcr.analysis.cell import scaling_laws
 from bcr.evaluate import evaluate, prepare
 from bcr.runtime.config import compose
 from bcr.runtime.schema import EvaluateConfig
@@ -71,6 +72,8 @@ def test_a_named_benchmark_has_columns_of_its_own(monkeypatch):
     ("override", "phrase"),
     [
         ("problems=0", "problems is 0"),
+        ("samples=0", "samples is 0"),
+        ("cut_at=[0]", "cut_at is [0]"),
         ("sizes=[]", "at least one N"),
         ("sizes=[7]", "N = 7"),
         ("budgets=[2]", "less than one token"),
@@ -93,3 +96,21 @@ def test_the_program_writes_a_table_and_json(tmp_path):
     assert result["cells"][0]["n"] == 2
     assert result["config"]["problems"] == 6
     assert f"{result['cells'][0]['accuracy']:.1%}" in done.stdout
+
+
+def test_a_cell_says_all_that_its_rollouts_tell():
+    one, three = cells_of("budgets=[]", "samples=3", "cut_at=[20,60,400]")
+    for cell, size in ((one, 1), (three, 3)):
+        assert sum(cell["verdicts"].values()) == cell["problems"] == 72
+        assert cell["accuracy_interval"][0] <= cell["accuracy"] <= cell["accuracy_interval"][1]
+        assert cell["pass_at_k"]["3"] >= cell["accuracy"]
+        assert sum(place["problems"] for place in cell["by_position"].values()) == 72
+        assert len(cell["by_position"]) == size
+        assert list(cell["by_difficulty"]) == ["2", "3", "4"]
+        curve = cell["accuracy_under_budgets"]
+        assert curve["20"] <= curve["60"] <= curve["400"] == cell["accuracy"]
+        assert curve["20"] < cell["area_under_budgets"] < curve["400"]
+        assert cell["loops_per_thousand"] == pytest.approx(1000 * cell["checks_per_problem"] / cell["tokens_per_problem"])  # "wait check"
+    (law,) = scaling_laws([one, three])
+    assert law["scale"] == pytest.approx(one["tokens_per_problem"])
+    assert law["scale"] * 3 ** -law["exponent"] == pytest.approx(three["tokens_per_problem"])
