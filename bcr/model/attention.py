@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bcr.model.ops import implementations
 
@@ -54,25 +55,79 @@ class PackedAttention:
         return bucket_by_length(self.lengths)
 
     @functools.cached_property
-    def plans(self) -> list[tuple[Tensor, Tensor | None]]:
-        return [padded_places(self.lengths, rows, longest, self.device) for rows, longest in self.buckets]
-
-    @functools.cached_property
-    def back(self) -> Tensor | None:
-        """From bucket order to packing order; None where they are the same."""
-        held = torch.cat([ids.flatten() if kept is None else ids.flatten()[kept] for ids, kept in self.plans])
-        in_order = all(rows == sorted(rows) for rows, _ in self.buckets) and len(self.buckets) == 1
-        return None if in_order else torch.argsort(held)
+    def layout(self) -> Layout:
+        return Layout(self.lengths, self.buckets, self.device)
 
     def padded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         grouped = query.shape[1] != key.shape[1]
-        pieces = []
-        for ids, kept in self.plans:
-            q, k, v = (x[ids].transpose(1, 2) for x in (query, key, value))  # [rows, heads, longest, D]
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2).flatten(0, 1)
-            pieces.append(out if kept is None else out[kept])
-        together = torch.cat(pieces)
-        return together if self.back is None else together[self.back]
+        batches = zip(*(_Pad.apply(x, self.layout) for x in (query, key, value)), strict=True)  # [rows,longest,heads,D] of each bucket
+        heads_first = ((x.transpose(1, 2) for x in batch) for batch in batches)
+        pieces = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped) for q, k, v in heads_first]
+        return _Unpad.apply(self.layout, *(piece.transpose(1, 2) for piece in pieces))
+
+
+class Layout:
+    """Where each token lies in the padded batches. Padding repeats the last token of its row: it stands after every real token, so causal
+    attention never reads it, and as its own output is dropped, its gradient is exactly 0."""
+
+    def __init__(self, lengths: Sequence[int], buckets: list[tuple[list[int], int]], device: torch.device) -> None:
+        starts = list(itertools.accumulate(lengths, initial=0))
+        self.shapes = [(len(rows), longest) for rows, longest in buckets]
+        self.tokens: list[Tensor] = []  # for each bucket the token [rows * longest] that stands in each place
+        place_of = torch.empty(starts[-1], dtype=torch.int64)
+        before = 0
+        for rows, longest in buckets:
+            first = torch.tensor([starts[row] for row in rows])[:, None]
+            length = torch.tensor([lengths[row] for row in rows])[:, None]
+            column = torch.arange(longest)
+            tokens = (first + torch.minimum(column, length - 1)).flatten()
+            real = (column < length).flatten().nonzero().squeeze(1)
+            place_of[tokens[real]] = before + real
+            before += len(tokens)
+            self.tokens.append(tokens.to(device))
+        self.places = place_of.to(device)  # [T]: the place of each token, counted through all buckets
+
+
+class _Pad(torch.autograd.Function):
+    """x[T,heads,D] -> [rows,longest,heads,D] of each bucket. Autograd's own backward would add up rows of which no two are the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+        ctx.layout = layout
+        flat = x.flatten(1)
+        shapes = ((*shape, *x.shape[1:]) for shape in layout.shapes)
+        return tuple(flat.index_select(0, tokens).view(shape) for tokens, shape in zip(layout.tokens, shapes, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        return take_out(upstream, ctx.layout), None
+
+
+class _Unpad(torch.autograd.Function):
+    """The opposite of `_Pad`."""
+
+    @staticmethod
+    def forward(ctx: Any, layout: Layout, *batches: Tensor) -> Tensor:
+        ctx.layout = layout
+        return take_out(batches, layout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        sizes = [rows * longest for rows, longest in ctx.layout.shapes]
+        flat = upstream.new_zeros(sum(sizes), *upstream.shape[1:]).flatten(1)
+        flat.index_copy_(0, ctx.layout.places, upstream.flatten(1))
+        shapes = ((*shape, *upstream.shape[1:]) for shape in ctx.layout.shapes)
+        return None, *(part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True))
+
+
+def take_out(batches: Sequence[Tensor], layout: Layout) -> Tensor:
+    """The real tokens [T,heads,D] of padded batches [rows,longest,heads,D], in packing order."""
+    heads = batches[0].shape[2:]
+    flat = [batch.reshape(-1, heads.numel()) for batch in batches]
+    together = flat[0] if len(flat) == 1 else torch.cat(flat)
+    return together.index_select(0, layout.places).view(-1, *heads)
 
 
 def flash_attention(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int) -> Tensor:
@@ -88,20 +143,6 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, boundaries: Tens
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # implied in the first versions
         options["enable_gqa"] = True
     return cast(Tensor, varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options))
-
-
-def padded_places(lengths: Sequence[int], rows: list[int], longest: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Packed index of every place of the padded batch [rows,longest], and the flat places that are no padding (None: all of them).
-
-    Padding repeats the last token of its row: it stands after every real token, so causal attention never reads it.
-    """
-    starts = list(itertools.accumulate(lengths, initial=0))
-    first = torch.tensor([starts[row] for row in rows], device=device)[:, None]
-    length = torch.tensor([lengths[row] for row in rows], device=device)[:, None]
-    place = torch.arange(longest, device=device)[None, :]
-    ids = first + torch.minimum(place, length - 1)
-    full = all(lengths[row] == longest for row in rows)
-    return ids, None if full else (place < length).flatten().nonzero().squeeze(1)
 
 
 def bucket_by_length(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
