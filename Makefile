@@ -41,6 +41,8 @@ gpu:
 	PYTHONPATH=kernels:. $(PYTHON) -m pytest tests/gpu
 	PYTHONPATH=kernels:. $(PYTHON) -m bench.linear_logprob
 	PYTHONPATH=kernels:. $(PYTHON) -m bench.policy_loss
+	PYTHONPATH=kernels:. $(PYTHON) -m bench.linear_sample
+	PYTHONPATH=kernels:. $(PYTHON) -m bench.paged_attention
 
 clean:
 	rm -rf .venv outputs build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -34,29 +35,13 @@ def require(condition: bool, name: str, message: str) -> None:
         raise ValueError(f"{name}: {message}")
 
 
-def _describe(tensor: object) -> str:
+def describe(tensor: object) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}" if isinstance(tensor, Tensor) else type(tensor).__name__
 
 
 def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor) -> None:
     """hidden[T, H], weight[V, H] of one dtype and device, targets[T] integer, temperature a positive number or float [T]."""
-    require(isinstance(hidden, Tensor) and hidden.ndim == 2, "hidden", f"must be a tensor [T, H], got {_describe(hidden)}")
-    require(isinstance(weight, Tensor) and weight.ndim == 2, "weight", f"must be a tensor [V, H], got {_describe(weight)}")
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        require(not _is_dtensor(tensor), name, "is a DTensor; pass a whole tensor (`.full_tensor()`, or call inside the module's forward)")
-        require(
-            tensor.dtype in FLOATS,
-            name,
-            f"must be bfloat16, float32 or float64, got {tensor.dtype} (the exponents of float16 are too few for kept exponentials)",
-        )
-    require(weight.dtype == hidden.dtype, "weight", f"must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one of them")
-    require(weight.shape[0] > 0, "weight", "needs at least one vocabulary row")
-    require(
-        weight.shape[1] == hidden.shape[1],
-        "weight",
-        f"must be [V, {hidden.shape[1]}] like hidden[T, {hidden.shape[1]}], got {_describe(weight)}",
-    )
-    require(weight.device == hidden.device, "weight", f"must be on {hidden.device} like hidden, got {weight.device}")
+    check_head_weight(hidden, weight)
     check_vector("targets", targets, hidden, integer=True)
     if values_are_checked(targets):
         bad = (targets != IGNORED) & ((targets < 0) | (targets >= weight.shape[0]))
@@ -67,10 +52,31 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: flo
     _check_temperature(temperature, hidden)
 
 
+def check_head_weight(hidden: Tensor, weight: Tensor) -> None:
+    """hidden[T, H] and weight[V, H] of one dtype and device."""
+    require(isinstance(hidden, Tensor) and hidden.ndim == 2, "hidden", f"must be a tensor [T, H], got {describe(hidden)}")
+    require(isinstance(weight, Tensor) and weight.ndim == 2, "weight", f"must be a tensor [V, H], got {describe(weight)}")
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        require(not is_dtensor(tensor), name, "is a DTensor; pass a whole tensor (`.full_tensor()`, or call inside the module's forward)")
+        require(
+            tensor.dtype in FLOATS,
+            name,
+            f"must be bfloat16, float32 or float64, got {tensor.dtype} (the exponents of float16 are too few for kept exponentials)",
+        )
+    require(weight.dtype == hidden.dtype, "weight", f"must have the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one of them")
+    require(weight.shape[0] > 0, "weight", "needs at least one vocabulary row")
+    require(
+        weight.shape[1] == hidden.shape[1],
+        "weight",
+        f"must be [V, {hidden.shape[1]}] like hidden[T, {hidden.shape[1]}], got {describe(weight)}",
+    )
+    require(weight.device == hidden.device, "weight", f"must be on {hidden.device} like hidden, got {weight.device}")
+
+
 def _check_temperature(temperature: float | Tensor, hidden: Tensor) -> None:
     if not isinstance(temperature, Tensor):
         require(
-            isinstance(temperature, float | int) and math.isfinite(temperature) and temperature > 0,
+            is_number(temperature) and temperature > 0,
             "temperature",
             f"must be a positive finite number or a tensor [T], got {temperature!r}",
         )
@@ -81,11 +87,15 @@ def _check_temperature(temperature: float | Tensor, hidden: Tensor) -> None:
         require(bool((torch.isfinite(temperature) & (temperature > 0)).all()), "temperature", "must be positive and finite for every token")
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, float | int) and math.isfinite(value)
+
+
 def check_vector(name: str, vector: Tensor, like: Tensor, *, integer: bool = False, length: int | None = None) -> None:
     """A vector [length], by default one entry per row of `like`, on the device of `like`."""
     expected = like.shape[0] if length is None else length
     kind = "an integer" if integer else "a floating-point"
-    require(isinstance(vector, Tensor) and not _is_dtensor(vector), name, f"must be {kind} tensor [{expected}], got {_describe(vector)}")
+    require(isinstance(vector, Tensor) and not is_dtensor(vector), name, f"must be {kind} tensor [{expected}], got {describe(vector)}")
     right_kind = vector.dtype in (torch.int64, torch.int32) if integer else vector.dtype in FLOATS
     wanted = "int64 or int32" if integer else "bfloat16, float32 or float64"
     require(right_kind, name, f"must be {wanted}, got {vector.dtype}")
@@ -103,6 +113,6 @@ def check_count(name: str, count: int | None, mask: Tensor) -> None:
         require(count == actual, name, f"is {count}, but {actual} tokens are active")
 
 
-def _is_dtensor(tensor: object) -> bool:
+def is_dtensor(tensor: object) -> bool:
     module = sys.modules.get("torch.distributed.tensor")  # not imported: no DTensor can exist
     return module is not None and isinstance(tensor, module.DTensor)

@@ -50,16 +50,21 @@ def inverse_temperature(temperature: float | Tensor, hidden: Tensor, rows: Tenso
     return torch.full((count,), 1 / temperature, dtype=dtype, device=hidden.device)
 
 
-def choose_backend(backend: Backend, hidden: Tensor) -> Literal["triton", "reference"]:
-    """ "auto": Triton kernels for bfloat16 on CUDA, chunked PyTorch otherwise (float32 on CUDA is fastest through cuBLAS)."""
+def choose_backend(
+    backend: Backend, hidden: Tensor, *, name: str = "hidden", float32_on_triton: bool = False
+) -> Literal["triton", "reference"]:
+    """ "auto": Triton kernels for bfloat16 on CUDA, PyTorch otherwise (the head's float32 on CUDA is fastest through cuBLAS).
+
+    `name` is what the caller calls `hidden`.
+    """
     require(backend in ("auto", "triton", "reference"), "backend", f"must be 'auto', 'triton' or 'reference', got {backend!r}")
     if backend == "auto":
-        on_cuda = hidden.is_cuda and hidden.dtype == torch.bfloat16
+        on_cuda = hidden.is_cuda and (hidden.dtype == torch.bfloat16 or (float32_on_triton and hidden.dtype == torch.float32))
         return "triton" if on_cuda and importlib.util.find_spec("triton") is not None else "reference"
     if backend == "triton":
         require(importlib.util.find_spec("triton") is not None, "backend", "is 'triton', but triton is not installed")
         require(hidden.dtype != torch.float64, "backend", "'triton' takes bfloat16 and float32; float64 runs on 'reference'")
         from bcr_kernels._triton import INTERPRETED
 
-        require(hidden.is_cuda or INTERPRETED, "backend", f"is 'triton', which needs CUDA, but hidden is on {hidden.device}")
+        require(hidden.is_cuda or INTERPRETED, "backend", f"is 'triton', which needs CUDA, but {name} is on {hidden.device}")
     return backend

@@ -10,7 +10,7 @@ Their blocks run over the vocabulary too, so that a bfloat16 weight is widened a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -97,16 +97,26 @@ def materialised_policy_loss(
 def row_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, inv_temperature: Tensor, with_entropy: bool) -> RowStatistics:
     """hidden[N, H], weight[V, H], targets[N] in [0, V), inv_temperature[N] in the compute dtype. No autograd."""
     rows = hidden.shape[0]
-    block = max(1, FORWARD_ELEMENTS // max(1, min(rows, FORWARD_ROWS)))
     parts = []
     with exact_float32(hidden.device):
         for chunk in spans(rows, FORWARD_ROWS):
-            online = _OnlineSoftmax(targets[chunk], inv_temperature[chunk], with_entropy)
-            for span in spans(weight.shape[0], block):
-                logits = _logits(hidden[chunk], weight[span], inv_temperature[chunk])
-                online.add(logits, span.start, scratch=logits)
-            parts.append(online.statistics())
+            blocks = logit_blocks(hidden[chunk], weight, inv_temperature[chunk], rows)
+            parts.append(block_statistics(blocks, targets[chunk], inv_temperature[chunk], with_entropy))
     return join(parts, inv_temperature, with_entropy)
+
+
+def logit_blocks(hidden: Tensor, weight: Tensor, inv_temperature: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """(first id, logits[R, block]) of a chunk of R rows, block by block of the vocabulary; `rows` is the row count of the whole call."""
+    for span in spans(weight.shape[0], max(1, FORWARD_ELEMENTS // max(1, min(rows, FORWARD_ROWS)))):
+        yield span.start, _logits(hidden, weight[span], inv_temperature)
+
+
+def block_statistics(blocks: Iterable[tuple[int, Tensor]], targets: Tensor, like: Tensor, with_entropy: bool) -> RowStatistics:
+    """The statistics of the rows whose `logit_blocks` these are; the blocks are overwritten."""
+    online = _OnlineSoftmax(targets, like, with_entropy)
+    for first, logits in blocks:
+        online.add(logits, first, scratch=logits)
+    return online.statistics()
 
 
 def logprob_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
@@ -114,10 +124,8 @@ def logprob_of_logits(logits: Tensor, targets: Tensor) -> Tensor:
 
     The same operations on the same blocks as in `policy_gradients`: equal logits give equal bits. `logits` is used up.
     """
-    online = _OnlineSoftmax(targets, logits[:, 0], False)
-    for span in spans(logits.shape[1], VOCAB_BLOCK):
-        online.add(logits[:, span], span.start, scratch=logits[:, span])
-    return online.statistics().logprob
+    blocks = ((span.start, logits[:, span]) for span in spans(logits.shape[1], VOCAB_BLOCK))
+    return block_statistics(blocks, targets, logits[:, 0], False).logprob
 
 
 def logprob_backward(

@@ -23,8 +23,8 @@ def environment(tmp_path: Path, *overlay: str) -> dict[str, str]:
     return {**inherited, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
 
 
-def compiled(mode: str, variables: dict[str, str]) -> list[dict]:
-    run = subprocess.run([sys.executable, str(PROGRAM), mode], env=variables, capture_output=True, text=True)
+def compiled(mode: str, variables: dict[str, str], program: Path = PROGRAM) -> list[dict]:
+    run = subprocess.run([sys.executable, str(program), mode], env=variables, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     *table, last = run.stdout.splitlines()
     print("\n".join(table))
@@ -63,10 +63,8 @@ def test_every_configuration(tmp_path: Path) -> None:
     check(compiled("full", environment(tmp_path)))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_oldest_triton(tmp_path: Path) -> None:
-    """An older Triton laid over the installed one (numpy below 2.4: its interpreter needs that)."""
+def oldest_triton(tmp_path: Path) -> dict[str, str]:
+    """The environment with an older Triton laid over the installed one (numpy below 2.4: its interpreter needs that)."""
     overlay = tmp_path / "overlay"
     packages = [f"triton=={OLDEST_TRITON}", "numpy<2.4"]
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(overlay), *packages], check=True)
@@ -75,6 +73,13 @@ def test_oldest_triton(tmp_path: Path) -> None:
         [sys.executable, "-c", "import triton; print(triton.__version__)"], env=variables, capture_output=True, text=True
     )
     assert version.stdout.strip() == OLDEST_TRITON
+    return variables
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_oldest_triton(tmp_path: Path) -> None:
+    variables = oldest_triton(tmp_path)
     check(compiled("full", variables))
     folder = PROGRAM.with_name("interpreter")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]

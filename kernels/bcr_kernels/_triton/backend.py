@@ -64,7 +64,7 @@ class _Anchored(NamedTuple):
 
 def row_statistics(hidden: Tensor, weight: Tensor, targets: Tensor, inv_temperature: Tensor, with_entropy: bool) -> RowStatistics:
     """See `reference.row_statistics`."""
-    hidden, weight = _readable(hidden), _readable(weight)
+    hidden, weight = readable(hidden), readable(weight)
     parts = [
         _anchored_softmax(hidden[chunk], weight, targets[chunk], inv_temperature[chunk], with_entropy, None).statistics()
         for chunk in spans(hidden.shape[0], FORWARD_ROWS)
@@ -82,7 +82,7 @@ def logprob_backward(
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `reference.logprob_backward`."""
-    hidden, weight = _readable(hidden), _readable(weight)
+    hidden, weight = readable(hidden), readable(weight)
     buffers = _gradient_buffers(hidden, weight, needs)
     slope, entropy_slope = grads.logsumexp - grads.logprob, None
     if grads.entropy is not None:
@@ -95,7 +95,7 @@ def logprob_backward(
     for chunk in spans(hidden.shape[0], chunk_rows):
         x, target, dlogits = hidden[chunk], targets[chunk], kept[: chunk.stop - chunk.start]
         of_chunk = (None if vector is None else vector[chunk].contiguous() for vector in vectors)
-        _launch_tiles(kernels.logit_gradient_kernel, x, weight, target, *of_chunk, dlogits, PITCH=dlogits.shape[1])
+        launch_tiles(kernels.logit_gradient_kernel, tiles.tile_for(x), x, weight, target, *of_chunk, dlogits, PITCH=dlogits.shape[1])
         _add_gradients(buffers, chunk, x, weight, target, dlogits, None, (at_target * inv_temperature)[chunk])
     return buffers
 
@@ -113,7 +113,7 @@ def policy_gradients(
     if not any(needs):
         logprob, entropy, _ = row_statistics(hidden, weight, targets, inv_temperature, with_entropy)
         return PolicyGradients(logprob, entropy, None, None)
-    hidden, weight = _readable(hidden), _readable(weight)
+    hidden, weight = readable(hidden), readable(weight)
     buffers = _gradient_buffers(hidden, weight, needs)
     chunk_rows, kept = _chunk_buffer(hidden, weight)
     parts = []
@@ -141,8 +141,9 @@ def _anchored_softmax(
     constants = {"STORE": exponentials is not None, "ENTROPY": with_entropy, "PITCH": 1 if exponentials is None else exponentials.shape[1]}
     stored = scale if exponentials is None else exponentials  # a pointer is needed, whether written through or not
     partials = scale.new_empty((1 + with_entropy, triton.cdiv(vocab, tiles.tile_for(hidden).cols), rows))
-    _launch_tiles(kernels.exponentials_kernel, hidden, weight, targets, scale, target_logit, stored, partials, **constants)
-    sums = partials.sum(1)
+    of_tiles = weight, targets, scale, target_logit, stored, partials
+    launch_tiles(kernels.exponentials_kernel, tiles.tile_for(hidden), hidden, *of_tiles, **constants)
+    sums = _sum_partials(partials)
 
     anchor = target_logit.clone()
     overflowed = ~(sums[0] < (FORWARD_LIMIT if exponentials is None else STORED_LIMIT))
@@ -155,9 +156,20 @@ def _anchored_softmax(
     return _Anchored(target_logit, anchor, sums[0], sums[1] if with_entropy else None)
 
 
-def _launch_tiles(kernel: Any, hidden: Tensor, weight: Tensor, *arguments: Tensor | None, **constants: int) -> None:
+def _sum_partials(partials: Tensor) -> Tensor:
+    """[planes, tiles, R] added over the tiles: [planes, R]."""
+    planes, col_tiles, rows = partials.shape
+    sums = partials.new_empty((planes, rows))
+    with torch.cuda.device_of(partials):
+        kernels.sum_partials_kernel[(triton.cdiv(rows, tiles.SUM_ROWS), planes)](
+            partials, sums, rows, col_tiles, tiles.SUM_ROWS, tiles.SUM_TILES, num_warps=4
+        )
+    return sums
+
+
+def launch_tiles(kernel: Any, tile: Tile, hidden: Tensor, weight: Tensor, *arguments: Tensor | None, **constants: int) -> None:
     """One program per tile of logits. hidden[R, H] and weight[V, H] become TMA descriptors where the tile says so."""
-    (rows, width), vocab, tile = hidden.shape, weight.shape[0], tiles.tile_for(hidden)
+    (rows, width), vocab = hidden.shape, weight.shape[0]
     operands = _descriptors(hidden, weight, tile) if tile.tma else (hidden, weight)
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(vocab, tile.cols),)
     with torch.cuda.device_of(hidden):
@@ -168,7 +180,7 @@ def _launch_tiles(kernel: Any, hidden: Tensor, weight: Tensor, *arguments: Tenso
         )  # fmt: skip
 
 
-def _readable(tensor: Tensor) -> Tensor:
+def readable(tensor: Tensor) -> Tensor:
     """Contiguous and beginning at a multiple of 16 bytes, as vector loads and TMA want it; copied only where it is not."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

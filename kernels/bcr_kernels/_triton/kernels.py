@@ -133,6 +133,23 @@ def exponentials_kernel(
         tl.store(place, _round_to(e, exponentials.dtype.element_ty), mask=inside[:, None])
 
 
+@triton.jit(do_not_specialize=["rows", "tiles"])
+def sum_partials_kernel(partials, sums, rows, tiles, ROWS: tl.constexpr, TILES: tl.constexpr):
+    """sums[plane, r] = partials[plane, tile, r] added over the tiles, in one order whatever the batch; grid (rows / ROWS, planes).
+
+    A library's sum would split the additions by the number of rows, and a row would get other last bits in another batch.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    plane = tl.program_id(1).to(tl.int64)
+    inside = row < rows
+    total = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, tiles, TILES):
+        tile = first + tl.arange(0, TILES)
+        place = (plane * tiles + tile[:, None]) * rows + row[None, :]
+        total += tl.sum(tl.load(partials + place, mask=(tile < tiles)[:, None] & inside[None, :], other=0.0), 0)
+    tl.store(sums + plane * rows + row, total, mask=inside)
+
+
 @triton.jit(do_not_specialize=["rows", "vocab"])
 def rescue_kernel(
     hidden, weight, targets, scale, anchor, overflowed, exponentials, sums, rows, vocab,

@@ -43,6 +43,8 @@ UNALIGNED_TILE = Tile(128, 128, 64, warps=8, stages=4)  # where TMA is wanted an
 RESCUE_TILE = Tile(32, 64, 16, warps=4, stages=3)  # rows whose exponentials overflow: rare, so one tile that fits everywhere
 INTERPRETER_TILE = Tile(16, 32, 16, warps=1, stages=1, group=2)  # on a CPU: small, so that a test has several tiles
 TARGET_ROWS, TARGET_DEPTH = 16, 128
+SUM_ROWS, SUM_TILES = 16, 128
+SAMPLE_ROWS, SAMPLE_COLS = 64, 128  # at most: two programs share a processor, and one's noise hides behind the other's loads
 
 
 def tile_for(hidden: Tensor) -> Tile:
@@ -52,6 +54,15 @@ def tile_for(hidden: Tensor) -> Tile:
     if tile.tma and not aligned:
         return UNALIGNED_TILE if hidden.is_cuda else replace(tile, tma=False)
     return tile
+
+
+def sample_tile_for(hidden: Tensor) -> Tile:
+    """The tile in which tokens of hidden[B, H] are chosen: few rows, all of the weight to read, and noise to make for every logit."""
+    return sample_tile(tile_for(hidden))
+
+
+def sample_tile(tile: Tile) -> Tile:
+    return replace(tile, rows=min(tile.rows, SAMPLE_ROWS), cols=min(tile.cols, SAMPLE_COLS))
 
 
 def nearest_tile(capability: tuple[int, int], dtype: torch.dtype) -> Tile:
