@@ -52,13 +52,13 @@ def linear_sample(
     _check(hidden, weight, keys, temperature)
     module = _backend_module(choose_backend(backend, hidden))
     with torch.no_grad():
-        greedy = temperature == 0
         if isinstance(temperature, Tensor):
+            greedy = temperature == 0
             at = inverse_temperature(torch.where(greedy, 1.0, temperature), hidden, None)
             noisy: Tensor | None = (~greedy).to(at.dtype)
         else:
-            at = inverse_temperature(1.0 if greedy else temperature, hidden, None)
-            noisy = None if greedy else torch.ones_like(at)
+            at = inverse_temperature(temperature or 1.0, hidden, None)
+            noisy = None if temperature == 0 else torch.ones_like(at)
         token, logprob = module.sample(hidden, weight, keys, at, noisy, with_logprob)
     return Sample(token, logprob)
 

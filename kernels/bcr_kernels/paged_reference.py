@@ -67,10 +67,9 @@ def _prefill(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     if count < context:
         place = torch.arange(context, device=q.device)
         seen = place[None, :] <= place[context - count :, None]
-    heads_first = (x.transpose(0, 1)[None] for x in (q, keys, values))
-    out = F.scaled_dot_product_attention(
-        *heads_first, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=q.shape[1] != keys.shape[1]
-    )
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, keys, values))
+    grouped = q.shape[1] != keys.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=grouped)
     return out[0].transpose(0, 1)
 
 

@@ -141,8 +141,8 @@ def _anchored_softmax(
     constants = {"STORE": exponentials is not None, "ENTROPY": with_entropy, "PITCH": 1 if exponentials is None else exponentials.shape[1]}
     stored = scale if exponentials is None else exponentials  # a pointer is needed, whether written through or not
     partials = scale.new_empty((1 + with_entropy, triton.cdiv(vocab, tiles.tile_for(hidden).cols), rows))
-    of_tiles = weight, targets, scale, target_logit, stored, partials
-    launch_tiles(kernels.exponentials_kernel, tiles.tile_for(hidden), hidden, *of_tiles, **constants)
+    tile = tiles.tile_for(hidden)
+    launch_tiles(kernels.exponentials_kernel, tile, hidden, weight, targets, scale, target_logit, stored, partials, **constants)
     sums = _sum_partials(partials)
 
     anchor = target_logit.clone()
