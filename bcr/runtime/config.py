@@ -31,15 +31,17 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else inside.parent.parent / "configs"
 
 
-def launch(name: str, schema: type[Config], prepare: Callable[[Config], Prepared], run: Callable[[Prepared], None]) -> None:
-    """The main of a program: compose `configs/<name>.yaml` with the command line, check, then work.
+def launch(
+    name: str, schema: type[Config], prepare: Callable[[Config], Prepared], run: Callable[[Prepared], None], config_name: str | None = None
+) -> None:
+    """The main of a program: compose `configs/<name>.yaml` (or `config_name`) with the command line, check, then work.
 
     `prepare` makes every check and builds what the run needs; a ValueError or OSError there is the user's to mend: one sentence on
     stderr and exit code 2. `run` does the expensive part; an OSError there (a full disk, say) also ends in one sentence, exit code 1.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's errors reach us instead of its own printing and exit
     composed: list[DictConfig] = []
-    main = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(composed.append)
+    main = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name or name)(composed.append)
     try:
         main()
         if not composed:

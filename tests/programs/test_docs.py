@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bcr import demo, difficulty, evaluate, solve, train, warmstart
+from bcr import demo, difficulty, evaluate, plan, solve, train, warmstart
 from bcr.report import write_report
 from bcr.runtime.config import compose
 from bcr.runtime.schema import DifficultyConfig, EvaluateConfig, TrainConfig
@@ -25,13 +25,16 @@ PROGRAMS = {
     "train": (TrainConfig, train.prepare, train.train),
     "evaluate": (EvaluateConfig, evaluate.prepare, evaluate.run),
     "difficulty": (DifficultyConfig, difficulty.prepare, difficulty.run),
+    "plan": (plan.PlanConfig, plan.prepare, plan.run),
     "warmstart": (warmstart.WarmStartConfig, warmstart.prepare, warmstart.run),
     "solve": (solve.SolveConfig, solve.prepare, solve.run),
     "demo": (demo.DemoConfig, demo.prepare, demo.run),
 }
+CONFIGS = {"plan": "train"}  # planning takes a training's config
 SMALL = {  # what makes a run short without changing what it does
     "train": ["steps=1", "bundles.per_step=1", "bundles.group=2", "sampling.row_block=8", "threads=1", "output=new"],
     "evaluate": ["problems=6", "sampling.row_block=8", "threads=1"],
+    "plan": [],
     "difficulty": ["problems=6", "sampling.row_block=8", "threads=1"],
     "warmstart": ["stages=[{steps:1,lr:1e-3,sizes:[1]}]", "tokens_per_step=300", "threads=1"],
     "solve": ["n=1", "sampling.row_block=8", "threads=1"],
@@ -67,7 +70,7 @@ def test_every_program_line_passes_its_own_checks(command, outputs):
         assert write_report(Path(words[1])).exists() or words[1] == "FOLDER"
         return
     schema, prepare, _ = PROGRAMS[words[0]]
-    config = compose(words[0], [*overrides_of(words), *(["output=new"] if words[0] == "train" else [])], schema)
+    config = compose(CONFIGS.get(words[0], words[0]), [*overrides_of(words), *(["output=new"] if words[0] == "train" else [])], schema)
     if "device=cuda" in words and not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch finds no GPU"):  # the last check before the model
             prepare(config)
@@ -80,7 +83,7 @@ def test_every_program_line_passes_its_own_checks(command, outputs):
 def test_every_program_line_runs(command, outputs):
     words = shlex.split(command.removeprefix("-m bcr."), comments=True)
     schema, prepare, run = PROGRAMS[words[0]]
-    run(prepare(compose(words[0], [*overrides_of(words), *SMALL[words[0]]], schema)))
+    run(prepare(compose(CONFIGS.get(words[0], words[0]), [*overrides_of(words), *SMALL[words[0]]], schema)))
 
 
 @pytest.mark.slow

@@ -1,0 +1,98 @@
+"""Planning: every recipe is planned without its weights, what cannot fit is refused with advice that helps."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from bcr.plan import PlanConfig, prepare, run
+from bcr.runtime.config import compose, config_folder
+from bcr.tasks.bundles import Budget
+
+RECIPES = ["bcr_1.5b", "bcr_4b", "qwen3_0.6b"]
+
+
+def planned(*overrides):
+    return prepare(compose("train", list(overrides), PlanConfig))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("control", ["", "_single", "_same_cap"])
+@pytest.mark.parametrize("gpus", [1, 4, 8])
+def test_every_recipe_is_planned(recipe, control, gpus):
+    overrides = [f"experiment={recipe}{control}", f"+gpus={gpus}"]
+    if recipe == "bcr_4b" and gpus == 1:
+        with pytest.raises(ValueError, match="it fits with"):
+            planned(*overrides)
+        return
+    plan = planned(*overrides)
+    assert plan.load.devices == gpus
+    assert plan.load.weight_bytes == 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_controls_ask_as_many_problems_and_differ_only_where_they_must(recipe):
+    ours, single, cap = (planned(f"experiment={recipe}{control}", "+gpus=4").config for control in ("", "_single", "_same_cap"))
+    for control in (single, cap):
+        assert control.bundles.per_step * 1 == ours.bundles.per_step * 3
+        assert control.bundles.count == ours.bundles.count * 3
+        assert (control.bundles.sizes, control.bundles.group) == ([1], ours.bundles.group)
+        assert (control.model, control.data, control.loss, control.advantage) == (ours.model, ours.data, ours.loss, ours.advantage)
+        assert (control.sampling, control.optimizer, control.steps) == (ours.sampling, ours.optimizer, ours.steps)
+    assert Budget(cap.bundles.budget).tokens(1) == round(ours.bundles.budget / 3)
+    assert single.bundles.budget == ours.bundles.budget
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_says_what_is_the_papers_and_what_is_ours(recipe):
+    text = (config_folder() / "experiment" / f"{recipe}.yaml").read_text()
+    assert "PAPER" in text
+    assert "OURS" in text
+
+
+def test_the_advice_helps():
+    with pytest.raises(ValueError, match=r"^[^\n]+\.$") as refusal:
+        planned("experiment=bcr_1.5b", "+gpu=rtx_4090")
+    sentence = str(refusal.value)
+    gpus = re.search(r"(\d+) GPUs \(sharded\)", sentence)
+    changes = re.findall(r"[a-z_]+\.[a-z_]+=\w+", sentence)
+    assert gpus
+    assert changes
+    planned("experiment=bcr_1.5b", "+gpu=rtx_4090", f"+gpus={gpus[1]}", *changes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "phrase"),
+    [
+        (["experiment=bcr_4b"], "the run needs"),
+        (["experiment=bcr_1.5b", "sampling.cache_mb=100"], "sampling.cache_mb is 100, too little"),
+        (["experiment=bcr_1.5b", "+gpu=tpu"], "gpu is 'tpu'; it must be one of h100"),
+        (["experiment=bcr_1.5b", "+gpus=0"], "gpus is 0"),
+        (["experiment=bcr_1.5b", "loss.kind=ppo"], "loss.kind"),
+        (["bundles.budget=2000"], "the model's context is 1024"),
+        (["model=folder", "model.path=no/such/folder"], "neither a folder nor a hub repository"),
+    ],
+)
+def test_what_cannot_be_is_refused(overrides, phrase):
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as refusal:
+        planned(*overrides)
+    assert phrase in str(refusal.value)
+
+
+def test_numbers_of_ones_own(capsys):
+    plan = planned("experiment=qwen3_0.6b", "+device_numbers={name: mine, memory_gib: 64, tflops: 100, bandwidth: 1, reserve: 1}")
+    run(plan)
+    shown = capsys.readouterr().out
+    assert "0.60 B parameters on 1 x mine" in shown
+    for part in ("weights", "masters", "moments", "gradients", "activations", "KV cache", "head", "sampler copy", "peak"):
+        assert part in shown
+
+
+def test_the_program_refuses_with_one_sentence(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "bcr.plan", "experiment=bcr_4b"], capture_output=True, text=True, timeout=100, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"bcr\.plan: the run needs [^\n]+\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []
