@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo demo-quick test test-slow lint format gpu clean
+.PHONY: install demo demo-quick test test-slow torture lint format gpu clean
 
 install: $(INSTALLED)
 
@@ -26,6 +26,10 @@ test: lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# kill -9 at 20 random moments of a training run, which must end like an undisturbed one.
+torture: $(INSTALLED)
+	PYTHONPATH=kernels:. $(BIN)/python -m tests.runtime.torture 20
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,8 +6,9 @@ bundles -> rollouts -> verdicts -> advantages -> packs -> one optimizer step -> 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,24 @@ from bcr.analysis.measures import summarise
 from bcr.analysis.transcripts import telling_rollouts
 from bcr.assemble import Task, assemble, build_bundles, build_grader, build_sampler, check_context
 from bcr.learner.credit import make_examples
-from bcr.learner.losses import Denominators
-from bcr.learner.packs import Example, make_pack, pack_examples
-from bcr.learner.step import optimizer_step
+from bcr.learner.learner import Learned, Learner
 from bcr.model import Decoder
 from bcr.model.ops import implementations
-from bcr.runtime.checkpoint import save_checkpoint
+from bcr.rollouts import RolloutStream
+from bcr.runtime.checkpoints import Checkpoints
 from bcr.runtime.clock import Clock
-from bcr.runtime.config import as_plain, command_line, launch
+from bcr.runtime.config import RunStopped, as_plain, command_line, launch
 from bcr.runtime.console import StepConsole, TrainingConsole
+from bcr.runtime.guards import Guards
 from bcr.runtime.host import choose_device, settle_in
 from bcr.runtime.model_card import model_card
 from bcr.runtime.outputs import RunFiles, check_trackers, make_room, write_lines
+from bcr.runtime.resume import Resumption, find_resumption
 from bcr.runtime.schema import TrainConfig
+from bcr.runtime.stop import StopRequest
+from bcr.runtime.training_state import Stateful, take_snapshot, write_checkpoint
 from bcr.sampler import Sampler, SamplingParams
-from bcr.tasks.arrangement import ArrangedBundles
-from bcr.tasks.bundles import Budget, BundleStream, as_request, mixture
+from bcr.tasks.bundles import Budget, mixture
 from bcr.tasks.grader_pool import GraderPool
 from bcr.tasks.judging import Judged, judge
 
@@ -43,18 +46,23 @@ class Run:
 
     config: TrainConfig
     task: Task
-    bundles: BundleStream | ArrangedBundles
-    sampler: Sampler
+    rollouts: RolloutStream
     grader: GraderPool
-    params: SamplingParams
     device: torch.device
+    resumption: Resumption | None
+
+    @property
+    def sampler(self) -> Sampler:
+        return self.rollouts.sampler
 
 
 def prepare(config: TrainConfig) -> Run:
     """Check everything and load the model. Raises ValueError, with one sentence, before anything expensive starts."""
-    for section in (config.reward, config.advantage, config.loss, config.optimizer):
+    for section in (config.reward, config.advantage, config.loss, config.optimizer, config.guards):
         section.check()
-    positive = {"steps": config.steps, "bundles.per_step": config.bundles.per_step, "checkpoint_every": config.checkpoint_every}
+    config.off_policy.check(config.bundles.per_step)
+    counts = ("steps", "checkpoint_every", "keep_checkpoints")
+    positive = {**{name: getattr(config, name) for name in counts}, "bundles.per_step": config.bundles.per_step}
     for name, value in positive.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
@@ -72,7 +80,8 @@ def prepare(config: TrainConfig) -> Run:
         raise ValueError(f"torchrun started {os.environ['WORLD_SIZE']} processes; training runs on one (--nproc_per_node=1).")
     check_trackers(config)
     device = choose_device(config.device)
-    settle_in(config.threads)
+    resumption = find_resumption(config)
+    settle_in(config.threads or (resumption.threads if resumption else None))
     budget = Budget(config.bundles.budget, config.bundles.budget_per_problem)
     task = assemble(config.model, config.data, config.dialect, config.seed, device)
     sizes = mixture(config.bundles.sizes, config.bundles.shares)
@@ -80,68 +89,86 @@ def prepare(config: TrainConfig) -> Run:
     check_context(task, sizes, budget)
     params = SamplingParams(config.sampling.temperature, config.bundles.group, task.dialect.stop_token_ids, config.seed)
     sampler, grader = build_sampler(task.model, config.sampling), build_grader(config.grading)
-    make_room(Path(config.output), config.overwrite)
+    rollouts = RolloutStream(bundles, sampler, params, config.bundles.per_step, config.off_policy.staleness)
+    if resumption is None:
+        make_room(Path(config.output), config.overwrite)
     if task.excluded:
         write_lines(Path(config.output) / "excluded.jsonl", map(vars, task.excluded))
-    return Run(config, task, bundles, sampler, grader, params, device)
+    return Run(config, task, rollouts, grader, device, resumption)
 
 
-def train(run: Run, console: StepConsole | None = None) -> None:
-    """The loop. Everything it learns from is sampled in the same step (on-policy). `console` is told of every step."""
-    config, model, dialect = run.config, run.task.model, run.task.dialect
-    optimizer = config.optimizer.build(model)
-    clock = Clock()
-    with run.grader, RunFiles(config) as files, console or TrainingConsole(config.steps, title(config), machinery(model)) as told:
-        for step in range(config.steps):
+def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool] = lambda: False) -> None:
+    """The loop. Everything it learns from is sampled in the same step (on-policy), unless `off_policy` says otherwise.
+
+    `console` is told of every step and warning. Once `stop()` is true it ends early, with a checkpoint.
+    """
+    config, task = run.config, run.task
+    learner = Learner(task.model, config.optimizer, config.loss, config.off_policy, config.sampling.temperature, run.device)
+    guards, clock = Guards(config.guards), Clock()
+    parts: dict[str, Stateful] = {"rollouts": run.rollouts, "learner": learner, "guards": guards}
+    done, offsets = run.resumption.restore(task.model, learner.optimizer, parts) if run.resumption else (0, {})
+    with (
+        run.grader,
+        RunFiles(config, offsets, done) as files,
+        Checkpoints(Path(config.output) / "checkpoints", config.keep_checkpoints) as checkpoints,
+        console or TrainingConsole(config.steps, title(config), machinery(task.model), done) as told,
+    ):
+        for step in range(done + 1, config.steps + 1):
             with clock("sampling"):
-                bundles = run.bundles.take(config.bundles.per_step)
-                groups = run.sampler.generate([as_request(bundle) for bundle in bundles], run.params)
+                bundles, groups = run.rollouts.next()
             with clock("grading"):
-                judged = judge(bundles, groups, dialect, run.grader)
+                judged = judge(bundles, groups, task.dialect, run.grader)
                 examples = make_examples(judged, config.advantage, config.reward)
             with clock("learning"):
-                total = Denominators.of(example.segments for example in examples)
-                live = [example for example in examples if example.has_signal]
-                packs = (make_pack(pack, config.loss, total, run.device) for pack in pack_examples(live, config.optimizer.pack_tokens))
-                sums = optimizer_step(
-                    model,
-                    optimizer,
-                    packs,
-                    config.loss.rule(),
-                    temperature=config.sampling.temperature,
-                    lr=config.optimizer.rate(step),
-                    grad_clip=config.optimizer.grad_clip,
-                )
+                learned = learner.learn(examples, step - 1)
                 run.sampler.on_weights_changed()
-            flat = [rollout for group in judged for rollout in group]
-            metrics = step_metrics(flat, live, len(examples), sums)
-            files.write("metrics", {"step": step + 1, **metrics})
-            files.write("timings", {"step": step + 1, **clock.seconds})
-            for record in telling_rollouts(judged, examples, dialect, config.logging.rollouts):
-                files.write("rollouts", {"step": step + 1, **record})
-            told.step(step + 1, {**metrics, **clock.seconds})
-            last = step + 1 == config.steps
-            if last or (config.checkpoint_every and (step + 1) % config.checkpoint_every == 0):
-                folder = Path(config.output) / "checkpoints" / f"step-{step + 1:06d}"
-                card = model_card(f"{title(config)}, step {step + 1}", command_line("train"), metrics, as_plain(config))
-                save_checkpoint(model, dialect.tokenizer, dialect.stop_token_ids, folder, card)
-    print(f"checkpoint: {folder}")
+            metrics = step_metrics([rollout for group in judged for rollout in group], learned)
+            files.write("metrics", {"step": step, **metrics})
+            files.write("timings", {"step": step, **clock.seconds, "graders_replaced": run.grader.replaced})
+            for record in telling_rollouts(judged, examples, task.dialect, config.logging.rollouts):
+                files.write("rollouts", {"step": step, **record})
+            told.step(step, {**metrics, **clock.seconds})
+            if learned.skipped:
+                files.write("events", {"step": step, "kind": "culprits", "rollouts": run.rollouts.names(bundles, learned.culprits)})
+            for warning in guards.look({**metrics, "skipped": learned.skipped}):
+                files.write("events", {"step": step, **asdict(warning)})
+                told.warn(warning.message)
+            checkpoints.check()
+            ending = stop() or guards.verdict or step == config.steps
+            if ending or (config.checkpoint_every and step % config.checkpoint_every == 0):
+                card = model_card(f"{title(config)}, step {step}", command_line("train"), metrics, as_plain(config))
+                state = take_snapshot(step, task.model, learner.optimizer, parts, files.offsets())
+                checkpoints.save(step, partial(write_checkpoint, state, task.dialect, card))
+            if ending:
+                break
+    if guards.verdict:
+        raise RunStopped(guards.verdict)
+    if done < config.steps and stop() and step < config.steps:
+        print(f"stopped after step {step} of {config.steps}; resume=auto goes on from there.")
+    print(f"checkpoint: {checkpoints.newest}")
 
 
-def step_metrics(judged: Sequence[Judged], live: Sequence[Example], total: int, sums: Mapping[str, float]) -> dict[str, Any]:
+def main(run: Run) -> None:
+    with StopRequest() as stop:
+        train(run, stop=stop)
+
+
+def step_metrics(judged: Sequence[Judged], learned: Learned) -> dict[str, Any]:
     """What a step's line in metrics.jsonl says: the measures of its rollouts and of its update. A pure function of the run's seed."""
-    tokens = max(1.0, sums.get("tokens", 0.0))
+    sums = learned.sums
+    tokens, compared = (max(1.0, sums.get(name, 0.0)) for name in ("tokens", "mismatch_tokens"))
     return {
         **summarise(judged),
-        "without_signal": 1 - len(live) / total,
+        "without_signal": 1 - learned.num_live / len(judged),
         "loss": sums.get("loss_sum", 0.0),
         "grad_norm": sums["grad_norm"],
         "updated": sums["updated"],
         "clipped": (sums.get("clipped_low", 0.0) + sums.get("clipped_high", 0.0)) / tokens,
-        "dlogprob_mean": sums.get("mismatch_abs_sum", 0.0) / tokens,
+        "dlogprob_mean": sums.get("mismatch_abs_sum", 0.0) / compared,
         "dlogprob_max": sums.get("max_mismatch_abs", 0.0),
-        "dlogprob_tokens": sums.get("tokens", 0.0),
-        "mismatch_kl": sums.get("mismatch_kl_sum", 0.0) / tokens,
+        "dlogprob_tokens": sums["mismatch_tokens"],
+        "mismatch_kl": sums.get("mismatch_kl_sum", 0.0) / compared,
+        **learned.extras,
     }
 
 
@@ -163,4 +190,4 @@ def title(config: TrainConfig) -> str:
 
 
 if __name__ == "__main__":
-    launch("train", TrainConfig, prepare, train)
+    launch("train", TrainConfig, prepare, main)

@@ -43,11 +43,11 @@ def matmul_peak(size: int = 1024, repeats: int = 9) -> float:
 def one_step(run: Run, sampler: Sampler, pool: GraderPool, clock: Clock) -> dict[str, int]:
     """The body of `bcr.train.train`; returns how many tokens went through the model."""
     config = run.config
-    run.bundles.load_state_dict({"bundles_made": 0, "problems_consumed": 0})
+    run.rollouts.bundles.load_state_dict({"bundles_made": 0, "problems_consumed": 0})
     optimizer = config.optimizer.build(run.task.model)
     with clock("sampling"):
-        bundles = run.bundles.take(config.bundles.per_step)
-        groups = sampler.generate([as_request(bundle) for bundle in bundles], run.params)
+        bundles = run.rollouts.bundles.take(config.bundles.per_step)
+        groups = sampler.generate([as_request(bundle) for bundle in bundles], run.rollouts.params)
     with clock("grading"):
         examples = make_examples(judge(bundles, groups, run.task.dialect, pool), config.advantage, config.reward)
     with clock("learning"):

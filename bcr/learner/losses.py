@@ -21,21 +21,36 @@ from bcr_kernels import (
     token_mean_weights,
 )
 
+KINDS = ("clip", "cispo", "gspo")
 AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm", "problem-mean")
+
+
+@dataclass(frozen=True)
+class SequenceRule(LossRule):
+    """A LossRule of kind "clip" whose ratio is that of the whole rollout: see `sequence_loss`."""
 
 
 @dataclass
 class LossConfig:
     """`kind` "clip" with equal clips is GRPO; with clip_high above clip_low DAPO's clip-higher; with seq-mean-token-sum-norm and
-    `advantage.normalise_std: false` Dr.GRPO; "cispo" clips the weight instead of the gradient. `horizon` is Dr.GRPO's fixed length."""
+    `advantage.normalise_std: false` Dr.GRPO; "cispo" clips the weight instead of the gradient; "gspo" clips the ratio of a whole rollout.
+    `horizon` is Dr.GRPO's fixed length.
+
+    `importance_cap` C: tokens are weighed by min(p_learner / p_sampler, C) of the weights before the update, for a sampler whose numbers
+    differ or that lags behind. `kl_coef`: of the KL divergence from the model that the run started from.
+    """
 
     kind: str = "clip"
     clip_low: float = 0.2
     clip_high: float = 0.2
     aggregation: str = "token-mean"
     horizon: int | None = None
+    importance_cap: float | None = None
+    kl_coef: float = 0.0
 
     def check(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"loss.kind is {self.kind!r}; it must be one of {', '.join(KINDS)}.")
         if self.aggregation not in AGGREGATIONS:
             raise ValueError(f"loss.aggregation is {self.aggregation!r}; it must be one of {', '.join(AGGREGATIONS)}.")
         if (self.aggregation == "seq-mean-token-sum-norm") != (self.horizon is not None):
@@ -48,7 +63,8 @@ class LossConfig:
             raise ValueError(f"loss.{error}.") from error
 
     def rule(self) -> LossRule:
-        return LossRule(kind=self.kind, clip_low=self.clip_low, clip_high=self.clip_high)  # type: ignore[arg-type]
+        kind, rule = ("clip", SequenceRule) if self.kind == "gspo" else (self.kind, LossRule)
+        return rule(kind, self.clip_low, self.clip_high, self.importance_cap, self.kl_coef)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,18 @@ IGNORED = -100  # target of a token that predicts nothing we train on
 
 @dataclass(frozen=True)
 class Example:
-    """One rollout as the learner sees it; `advantages` has one number for each segment."""
+    """One rollout as the learner sees it; `advantages` has one number for each segment.
+
+    `logprobs` are the sampler's. Where the learner has computed its own before the updates, or those of a reference, they are here too.
+    """
 
     prompt_ids: Sequence[int]
     token_ids: Sequence[int]
     logprobs: Sequence[float]
     segments: Sequence[Segment]
     advantages: Sequence[float]
+    learner_logprobs: Sequence[float] | None = None
+    reference_logprobs: Sequence[float] | None = None
 
     @property
     def length(self) -> int:
@@ -51,10 +56,12 @@ class Pack:
     position_ids: Tensor  # [T] int64
     lengths: list[int]  # [R]
     targets: Tensor  # [T] int64, IGNORED in prompts
-    old_logprobs: Tensor  # [T] float32, of the targets under the sampler
+    old_logprobs: Tensor  # [T] float32, of the targets: the ratio's denominator, the sampler's or the learner's before the updates
     segment_ids: Tensor  # [T] int64, row of `advantages`; -1 in prompts
     advantages: Tensor  # [S] float32
     weights: Tensor  # [T] float32, the token's share of the loss: 1 / (global denominator)
+    behaviour_logprobs: Tensor | None = None  # [T] float32, the sampler's where old_logprobs are the learner's
+    reference_logprobs: Tensor | None = None  # [T] float32
 
     @property
     def cu_seqlens(self) -> Tensor:
@@ -78,7 +85,7 @@ def make_pack(
         inputs += [*example.prompt_ids, *example.token_ids[:-1]]
         positions += range(example.length)
         targets += [IGNORED] * silent + [*example.token_ids]
-        old_logprobs += [0.0] * silent + [*example.logprobs]
+        old_logprobs += [0.0] * silent + [*(example.logprobs if example.learner_logprobs is None else example.learner_logprobs)]
         sequence_ids += [sequence] * example.length
         segment_ids += [-1] * silent
         problem_ids += [-1] * silent
@@ -93,6 +100,11 @@ def make_pack(
     def integers(column: list[int]) -> Tensor:
         return torch.tensor(column, dtype=torch.int64, device=device)
 
+    def aligned(rows: list[Sequence[float] | None]) -> Tensor | None:
+        """Values of completion tokens [T], 0 in prompts; None where the examples have none."""
+        columns = [[0.0] * (len(example.prompt_ids) - 1) + [*row] for example, row in zip(examples, rows, strict=True) if row is not None]
+        return torch.tensor(list(itertools.chain.from_iterable(columns)), dtype=dtype, device=device) if columns else None
+
     segments = integers(segment_ids)
     return Pack(
         input_ids=integers(inputs),
@@ -103,6 +115,8 @@ def make_pack(
         segment_ids=segments,
         advantages=torch.tensor(advantages, dtype=dtype, device=device),
         weights=token_weights(loss, total, segments, integers(sequence_ids), integers(problem_ids), dtype),
+        behaviour_logprobs=aligned([None if example.learner_logprobs is None else example.logprobs for example in examples]),
+        reference_logprobs=aligned([example.reference_logprobs for example in examples]),
     )
 
 

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bcr.learner.losses import SequenceRule
 from bcr.learner.masters import MasterAdamW
 from bcr.learner.packs import Pack
+from bcr.learner.sequence_loss import sequence_policy_loss
 from bcr.model import Decoder
 from bcr.model.attention import PackedAttention
-from bcr_kernels import LossRule, add_metrics, linear_policy_loss
+from bcr_kernels import LossRule, add_metrics, linear_logprob, linear_policy_loss
 
 
 @dataclass
@@ -52,6 +54,9 @@ def pack_loss(
     `head_gradient`: float32 [V,H], to which the backward adds the gradient of a narrow head's weight instead of rounding it.
     """
     hidden = model(pack.input_ids, pack.position_ids, PackedAttention(pack.lengths, pack.input_ids.device))
+    if isinstance(rule, SequenceRule):
+        logprobs = linear_logprob(hidden, model.head_weight, pack.targets, temperature=temperature).logprob
+        return sequence_policy_loss(logprobs, pack, rule)
     output = linear_policy_loss(
         hidden,
         model.head_weight,
@@ -62,6 +67,8 @@ def pack_loss(
         weights=pack.weights,
         rule=rule,
         temperature=temperature,
+        behaviour_logprobs=pack.behaviour_logprobs,
+        reference_logprobs=pack.reference_logprobs,
         weight_grad_accumulator=head_gradient,
     )
     return output.loss, output.metrics
@@ -79,7 +86,7 @@ def optimizer_step(
 ) -> dict[str, float]:
     """Accumulate the gradient over the packs in float32, clip it, update.
 
-    Without a pack, or with a gradient that is not finite, nothing changes.
+    Without a pack, or with a loss or gradient that is not finite, nothing changes.
     """
     sums: dict[str, Tensor] = {}
     empty = True
@@ -94,7 +101,7 @@ def optimizer_step(
     if empty:
         return {"grad_norm": 0.0, "updated": 0.0}
     grad_norm = torch.nn.utils.clip_grad_norm_([weight for group in optimizer.param_groups for weight in group["params"]], grad_clip)
-    updated = bool(torch.isfinite(grad_norm))
+    updated = bool(torch.isfinite(grad_norm) & torch.isfinite(sums["loss_sum"]))
     if updated:
         for group in optimizer.param_groups:
             group["lr"] = lr

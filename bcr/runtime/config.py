@@ -25,6 +25,10 @@ BAD_INPUT = 2
 STOPPED = 1
 
 
+class RunStopped(Exception):
+    """A run ends itself, with one sentence for its user. What it has written stands."""
+
+
 def config_folder() -> Path:
     """`configs/`: inside the package when installed as a wheel, beside it in a checkout."""
     inside = Path(__file__).parent.parent / "configs"
@@ -37,7 +41,8 @@ def launch(
     """The main of a program: compose `configs/<name>.yaml` (or `config_name`) with the command line, check, then work.
 
     `prepare` makes every check and builds what the run needs; a ValueError or OSError there is the user's to mend: one sentence on
-    stderr and exit code 2. `run` does the expensive part; an OSError there (a full disk, say) also ends in one sentence, exit code 1.
+    stderr and exit code 2. `run` does the expensive part; an OSError there (a full disk, say) or a RunStopped also ends in one sentence,
+    exit code 1.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's errors reach us instead of its own printing and exit
     composed: list[DictConfig] = []
@@ -53,6 +58,8 @@ def launch(
         fail(name, one_sentence(error), BAD_INPUT)
     try:
         run(prepared)
+    except (RunStopped, MemoryError) as error:
+        fail(name, f"stopped: {error}", STOPPED)
     except OSError as error:
         fail(name, f"stopped: {one_sentence(error)} What was written before stands, the last checkpoint too.", STOPPED)
     except KeyboardInterrupt:

@@ -37,16 +37,20 @@ class StepConsole(Protocol):
         """Step `number` (from 1) is done; `values` are its metrics and timings."""
         ...
 
+    def warn(self, message: str) -> None:
+        """Something looks wrong; `message` says what, and what may help."""
+        ...
+
 
 class TrainingConsole:
     """A context manager; call `step` once for every step."""
 
-    def __init__(self, steps: int, title: str, detail: str = "") -> None:
+    def __init__(self, steps: int, title: str, detail: str = "", done: int = 0) -> None:
         self.console = Console(highlight=False, soft_wrap=True)
-        self.steps, self.title, self.detail, self.begun = steps, title, detail, time.perf_counter()
+        self.steps, self.title, self.detail, self.done, self.begun = steps, title, detail, done, time.perf_counter()
         text = "{task.completed}/{task.total} steps, about {task.fields[left]} left"
         self.progress = Progress(TextColumn(title), BarColumn(), TextColumn(text), console=self.console, transient=True)
-        self.task = self.progress.add_task(title, total=steps, left="?")
+        self.task = self.progress.add_task(title, total=steps, completed=done, left="?")
 
     def __enter__(self) -> TrainingConsole:
         self.console.print(self.title, style="bold")
@@ -59,10 +63,13 @@ class TrainingConsole:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
+    def warn(self, message: str) -> None:
+        self.console.print(f"warning: {message}", style="bold yellow")
+
     def step(self, number: int, values: Mapping[str, Any]) -> None:
         cells = [pattern.format(values[name]).rjust(len(heading)) for heading, name, pattern in COLUMNS]
         self.console.print(f"{number:5d}  " + "  ".join(cells))
-        left = (time.perf_counter() - self.begun) / number * (self.steps - number)
+        left = (time.perf_counter() - self.begun) / (number - self.done) * (self.steps - number)
         self.progress.update(self.task, completed=number, left=f"{left:.0f} s")
 
 

@@ -81,3 +81,6 @@ class TrainingLines:
             self.demo.say(
                 f"  step {number:3d} of {self.steps}   {measures} {values['unanswered']:4.0%}   [dim]about {spoken(self.demo.left)} left[/]"
             )
+
+    def warn(self, message: str) -> None:
+        self.demo.say(f"  [yellow]warning: {message}[/]")

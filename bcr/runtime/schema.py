@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from bcr.learner.advantages import AdvantageConfig
 from bcr.learner.losses import LossConfig
+from bcr.learner.off_policy import OffPolicyConfig
 from bcr.learner.rewards import RewardConfig
 from bcr.learner.step import OptimizerConfig
+from bcr.runtime.guards import GuardConfig
 
 
 @dataclass
@@ -102,6 +104,7 @@ class LoggingConfig:
 class TrainConfig:
     output: str = "outputs/train"
     overwrite: bool = False
+    resume: str = "never"
     seed: int = 0
     steps: int = 60
     device: str = "auto"
@@ -116,7 +119,10 @@ class TrainConfig:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
     checkpoint_every: int | None = None
+    keep_checkpoints: int | None = None
+    guards: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 

@@ -65,7 +65,7 @@ def test_training_leaves_them_out_too_and_arranges_the_rest(tmp_path, sums):
     overrides = [f"output={tmp_path / 'run'}", *FEW, *sums, "bundles.arrangement=stratified", "bundles.count=6", "bundles.budget=9"]
     prepared = prepare_training(compose("train", overrides, TrainConfig))
     assert [overlap["id"] for overlap in lines(tmp_path / "run" / "excluded.jsonl")] == ["4", "7"]
-    bundles = prepared.bundles.take(6)
+    bundles = prepared.rollouts.bundles.take(6)
     assert len({problem.id for bundle in bundles for problem in bundle.problems}) == 18
     means = [sum(problem.difficulty for problem in bundle.problems) / 3 for bundle in bundles]
     assert max(means) - min(means) < 3

@@ -74,6 +74,8 @@ def test_the_same_seed_gives_the_same_run_byte_for_byte(tmp_path):
         ["loss.aggregation=seq-mean-token-sum-norm", "loss.horizon=60", "advantage.normalise_std=false"],
         ["loss.clip_high=0.28", "loss.aggregation=seq-mean-token-mean", "advantage.scope=problem", "advantage.discount=0.5"],
         ["loss.kind=cispo", "bundles.budget=null", "bundles.budget_per_problem=25"],
+        ["loss.kind=gspo", "loss.clip_low=3e-4", "loss.clip_high=4e-4", "loss.aggregation=seq-mean-token-mean", "loss.kl_coef=0.01"],
+        ["off_policy.updates=3", "off_policy.staleness=1", "loss.importance_cap=2", "loss.kl_coef=0.01"],
     ],
 )
 def test_every_form_of_credit_and_loss_runs(tmp_path, overrides):
@@ -85,7 +87,7 @@ def test_every_form_of_credit_and_loss_runs(tmp_path, overrides):
 
 def test_checkpoints_come_at_every_k_steps_and_at_the_end(tmp_path):
     run_training(tmp_path, "steps=3", "checkpoint_every=2", "logging.tensorboard=true")
-    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000002", "step-000003"]
     load_pretrained(tmp_path / "checkpoints" / "step-000003")
     assert any((tmp_path / "tensorboard").iterdir())
     assert len(read(tmp_path / "timings.jsonl")) == 3
@@ -139,6 +141,16 @@ BAD_INPUT = [
     (["sampling.row_block=4"], "row_block is 4"),
     (["sampling.top_p=0.9"], "sampling.top_p is 0.9; training needs it off"),
     (["grading.workers=0"], "workers"),
+    (["off_policy.updates=5"], "off_policy.updates is 5; it must divide bundles.per_step, which is 12"),
+    (["off_policy.staleness=-1"], "off_policy.staleness is -1"),
+    (["loss.importance_cap=0"], "loss.importance_cap"),
+    (["loss.kl_coef=-1"], "loss.kl_coef"),
+    (["keep_checkpoints=0"], "keep_checkpoints is 0"),
+    (["resume=sometimes"], "resume is 'sometimes'"),
+    (["resume=auto", "overwrite=true"], "set one of them"),
+    (["guards.max_skipped=0"], "guards.max_skipped is 0"),
+    (["guards.collapse=1"], "guards.collapse is 1"),
+    (["guards.mismatch_kl=0"], "guards.mismatch_kl is 0"),
     (["sampling.temperature=0"], "sampling.temperature is 0"),
     (["data=jsonl", "data.path=nowhere.jsonl"], "there is no such file"),
 ]
@@ -215,8 +227,8 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path, monk
     monkeypatch.setattr("bcr.model.weights.save_file", fills_up)
     with pytest.raises(OSError, match="No space left"):
         run_training(tmp_path / "run", "checkpoint_every=1", "steps=2")
-    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
-    load_pretrained(tmp_path / "run" / "checkpoints" / "step-000001")
+    assert sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()) == ["latest", "step-000001"]
+    load_pretrained(tmp_path / "run" / "checkpoints" / "latest")
     assert len(read(tmp_path / "run" / "metrics.jsonl")) == 2
 
 
@@ -227,7 +239,7 @@ def test_an_earlier_run_is_replaced_only_when_told_to(tmp_path):
         run_training(tmp_path, "steps=1")
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
     run_training(tmp_path, "steps=1", "overwrite=true")
-    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000001"]
 
 
 def test_it_runs_under_torchrun(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from bcr.model import Decoder, huggingface, load_pretrained, weights
 from bcr.model.attention import PackedAttention
 from bcr.model.huggingface import stop_token_ids
 from bcr.runtime import checkpoint
-from bcr.runtime.checkpoint import save_checkpoint
+from bcr.runtime.checkpoint import damage, save_checkpoint
 from bcr.tasks.arithmetic import build_tokenizer
 
 TEXTS = ["Tom has 3 apples and buys 12 more; how many apples has Tom?", "A train goes 80 km in 2 hours. How fast is it?"]
@@ -69,7 +70,8 @@ def test_a_loaded_model_keeps_its_own_tokenizer_files(model: Decoder, tokenizer:
     (first / "tokenizer.json").write_text((first / "tokenizer.json").read_text() + "\n\n")
     (first / "chat_template.jinja").write_text("{{ messages[0].content }}")
     second = save_checkpoint(load_pretrained(first), tokenizer, (2, 7), tmp_path / "second", "another card")
-    assert contents(second) == contents(first) | {"README.md": b"another card"}
+    changed = {"README.md": b"another card", "checksums.sha256": contents(second)["checksums.sha256"]}
+    assert contents(second) == contents(first) | changed
 
 
 def test_the_tokenizer_of_the_embedded_world_survives(make_decoder, tmp_path: Path) -> None:
@@ -99,6 +101,33 @@ def test_a_partial_folder_of_a_killed_run_is_no_obstacle(model: Decoder, tokeniz
     folder = save_checkpoint(model, tokenizer, (2,), tmp_path / "saved", "")
     assert "rubbish" not in contents(folder)
     assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [cut, flip, Path.unlink])
+def test_damage_to_any_file_is_seen(harm: Callable[[Path], None], model: Decoder, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = save_checkpoint(model, tokenizer, (2,), tmp_path / "saved", "a card", add=lambda place: (place / "more").mkdir())
+    assert damage(folder) is None
+    assert subprocess.run(["sha256sum", "--check", "--quiet", "checksums.sha256"], cwd=folder).returncode == 0
+    for name in contents(folder).keys() - {"checksums.sha256"}:
+        content = (folder / name).read_bytes()
+        harm(folder / name)
+        assert damage(folder) is not None, name
+        (folder / name).write_bytes(content)
+    assert damage(folder) is None
+    flip(folder / "checksums.sha256")
+    assert damage(folder) is not None
+    (folder / "checksums.sha256").write_text("")
+    assert damage(folder) == "checksums.sha256 is empty"
 
 
 @pytest.mark.parametrize("fail", [False, True])
@@ -132,7 +161,7 @@ def test_nothing_stands_at_its_place_before_it_is_whole(
     monkeypatch.setattr(checkpoint, "sync", watched)
     folder = save_checkpoint(model, tokenizer, (2,), tmp_path / "saved", "")
     before = {name for name, there in seen if not there}
-    assert before == set(contents(folder))  # every file had reached the disk before the folder appeared
+    assert before == {*contents(folder), ".saved.partial"}  # every file and the folder had reached the disk before it appeared
     assert seen[-1] == (tmp_path.name, True)  # and the renaming reached it too
 
 

@@ -1,0 +1,65 @@
+"""Where a step's rollouts come from: bundles, sampled as they are needed or some steps ahead."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from bcr.records import Bundle, Problem, Rollout
+from bcr.sampler import Sampler, SamplingParams
+from bcr.tasks.bundles import as_request
+
+
+class Bundles(Protocol):
+    """A stream of bundles whose state is its cursors."""
+
+    def take(self, count: int) -> list[Bundle]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+Batch = tuple[list[Bundle], list[list[Rollout]]]
+
+
+class RolloutStream:
+    """`next()` gives a batch of `per_step` bundles with their rollouts, sampled with the weights as they were `staleness` calls ago.
+
+    With staleness 0 that is: as they are. Otherwise the first call samples so many batches ahead, and each later call one, as a sampler
+    would that works beside the learner. Its state: the cursors of the bundles, the policy version, the batches that wait.
+    """
+
+    def __init__(self, bundles: Bundles, sampler: Sampler, params: SamplingParams, per_step: int, staleness: int = 0) -> None:
+        self.bundles, self.sampler, self.params, self.per_step, self.staleness = bundles, sampler, params, per_step, staleness
+        self.waiting: deque[Batch] = deque()
+
+    def next(self) -> Batch:
+        while len(self.waiting) <= self.staleness:
+            bundles = self.bundles.take(self.per_step)
+            self.waiting.append((bundles, self.sampler.generate([as_request(bundle) for bundle in bundles], self.params)))
+        return self.waiting.popleft()
+
+    def names(self, bundles: Sequence[Bundle], indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Bundle and sample of rollouts counted through the whole batch."""
+        return [{"bundle": bundles[index // self.params.n].id, "sample": index % self.params.n} for index in indices]
+
+    def state_dict(self) -> dict[str, Any]:
+        waiting = [as_plain(batch) for batch in self.waiting]
+        return {"bundles": self.bundles.state_dict(), "policy_version": self.sampler.policy_version, "waiting": waiting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bundles.load_state_dict(state["bundles"])
+        self.sampler.policy_version = state["policy_version"]
+        self.waiting = deque(as_batch(plain) for plain in state["waiting"])
+
+
+def as_plain(batch: Batch) -> dict[str, Any]:
+    """A batch as JSON values; its float32 log-probs come back exactly."""
+    bundles, groups = batch
+    return {"bundles": [asdict(bundle) for bundle in bundles], "groups": [[asdict(rollout) for rollout in group] for group in groups]}
+
+
+def as_batch(plain: dict[str, Any]) -> Batch:
+    bundles = [Bundle(**{**bundle, "problems": tuple(Problem(**row) for row in bundle["problems"])}) for bundle in plain["bundles"]]
+    return bundles, [[Rollout(**row) for row in group] for group in plain["groups"]]

@@ -1,0 +1,37 @@
+"""SIGTERM and Ctrl-C: finish the step, write a checkpoint, leave with exit code 0."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """A context manager under which the first SIGTERM or SIGINT sets `asked` instead of ending the process. The second interrupts.
+
+    Call it to know: `stop()` is True from the first signal on.
+    """
+
+    def __init__(self) -> None:
+        self.asked: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        return self.asked is not None
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is not None:
+            raise KeyboardInterrupt
+        self.asked = signal.Signals(number).name
+        print(f"{self.asked}: this step is finished and written, then the run ends. Once more ends it at once.", flush=True)
