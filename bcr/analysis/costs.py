@@ -66,8 +66,9 @@ def layer_parameters(config: DecoderConfig) -> int:
     return attention + 3 * hidden * config.intermediate_size + 2 * hidden
 
 
-def layer_activations(config: DecoderConfig, weight_bytes: int, padding: float = 1.0) -> float:
-    """Bytes per token that a layer keeps for its backward."""
+def layer_activations(config: DecoderConfig, weight_bytes: int, padding: float = 1.0, attention_bytes: int | None = None) -> float:
+    """Bytes per token that a layer keeps for its backward. Attention's padded copies take `attention_bytes` a number: 4 on a CPU, where
+    they are float32; None is as wide as the weights."""
     hidden, inner = config.hidden_size, config.intermediate_size
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     narrow = weight_bytes < 4
@@ -75,7 +76,8 @@ def layer_activations(config: DecoderConfig, weight_bytes: int, padding: float =
     norms = 2 * hidden * (4 + 2 * weight_bytes)
     # q/k norm: the same without the last; in float32 its input is the projection's whole output, the values' part included.
     qk_norm = ((query + key) * (4 + weight_bytes) + (0 if narrow else 4 * key)) if config.qk_norm else 0
-    attention = weight_bytes * (padding * (query + 2 * key + query) + query)  # q, k, v and output, padded; the output again, packed
+    # q, k, v and output, padded; the output again, packed.
+    attention = (attention_bytes or weight_bytes) * padding * (query + 2 * key + query) + weight_bytes * query
     swiglu = weight_bytes * 4 * inner  # gate, up, silu(gate), and their product
     return norms + qk_norm + attention + swiglu
 

@@ -10,12 +10,12 @@ PROGRAM = Path(__file__).with_name("aot_sampler.py")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 
-STATED_SPILLS = {("attention_kernel", "sm_80", "fp32"): 16}  # bytes, as docs/kernels.md says
+STATED_SPILLS = {("attention_kernel", "fp32"): 24}  # bytes, as docs/kernels.md says
 
 
 def check(results: list[dict]) -> None:
     for r in results:
-        allowed = STATED_SPILLS.get((r["kernel"], r["device"], r["dtype"]), 0)
+        allowed = STATED_SPILLS.get((r["kernel"], r["dtype"]), 0)
         what = f"{r['kernel']} {r['device']} {r['dtype']} {r['tile']} {r['variant']}"
         assert r["spill_bytes"] <= allowed, f"{what}: {r['spill_bytes']} bytes of registers spilled"
         assert r["shared"] <= r["shared_limit"], f"{what}: {r['shared']} bytes of shared memory"

@@ -132,7 +132,7 @@ def test_two_steps_of_training_and_back_into_transformers(checkpoint, problems, 
     assert tokenizer.chat_template == TEMPLATE
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert not torch.equal(theirs.lm_head.weight, base.lm_head.weight)
-    dialect, (bundle,) = run.task.dialect, run.bundles.take(1)
+    dialect, (bundle,) = run.task.dialect, run.rollouts.bundles.take(1)
     message = [{"role": "user", "content": dialect.ask(bundle.problems)}]
     prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, enable_thinking=False)["input_ids"]
     assert prompt == bundle.prompt_ids

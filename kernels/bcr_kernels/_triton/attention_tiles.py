@@ -31,11 +31,11 @@ class AttentionTile:
 # By padded head dimension, largest first: the first entry that is not larger than the head serves. Prefill also by compute capability;
 # another device takes the nearest listed below its own. float32 has no matrix units without TF32: plain multiply-adds, in a tile that
 # fits the registers.
-DECODE = {256: AttentionTile(16, 32, 4, 3), 128: AttentionTile(16, 64, 4, 3), 16: AttentionTile(16, 128, 4, 3)}
+DECODE = {256: AttentionTile(16, 32, 4, 3), 128: AttentionTile(16, 64, 8, 3), 16: AttentionTile(16, 128, 4, 3)}
 WGMMA = {256: AttentionTile(64, 32, 4, 2), 128: AttentionTile(128, 64, 8, 2), 16: AttentionTile(128, 64, 8, 3)}
 MMA = {256: AttentionTile(64, 32, 8, 2), 16: AttentionTile(128, 32, 8, 2)}
 PREFILL = {(8, 0): MMA, (9, 0): WGMMA, (10, 0): WGMMA, (12, 0): MMA}
-FLOAT32 = AttentionTile(16, 16, 4, 2)
+FLOAT32 = AttentionTile(16, 16, 8, 2)
 MOST_DECODE_ROWS = 64  # with more query heads than that to a key head, several programs share them
 INTERPRETED_CAPABILITY = (9, 0)
 
