@@ -35,6 +35,7 @@ def demo(tmp_path_factory) -> Path:
 def opened(browser: Browser, file: Path, viewport=DESKTOP, **options) -> tuple[Page, list[str]]:
     """The page offline, and everything it complains about or asks the network for."""
     page = browser.new_context(viewport=viewport, offline=True, **options).new_page()
+    page.set_default_timeout(120_000)  # milliseconds; a loaded machine takes its time
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
