@@ -1,5 +1,6 @@
 """Fixed threads, and small decoders whose random weights are scaled so that the entropy of the next token is 0.5 to 3 nats."""
 
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from bcr.model import Decoder, DecoderConfig
 
 torch.set_num_threads(2)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts background jobs deaf to Ctrl-C, and so all that they start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SIZES = {
     "vocab_size": 97,
