@@ -9,10 +9,12 @@ The last line is one JSON list. Must not run under TRITON_INTERPRET.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -116,12 +118,21 @@ def cases(full: bool) -> list[tuple]:
     return [case for case in chosen if case[1] in main and (case[2] == torch.bfloat16 or case[1] == (9, 0))]
 
 
+def compiled_side_by_side(call: Callable[[Any], Any], cases: list[Any]) -> Iterator[Any]:
+    """`call` of every case in order, on all cores."""
+    with multiprocessing.get_context("fork").Pool() as pool:
+        yield from pool.imap(call, cases)
+
+
+def compile_case(case: tuple) -> dict:
+    return compile_one(*case)
+
+
 def main() -> None:
     results = []
     print(f"triton {triton.__version__}")
     print(f"{'kernel':22} {'device':6} {'dtype':5} {'tile':11} {'loads':8} {'regs':>4} {'spills':>6} {'shared':>7}  variant")
-    for case in cases(sys.argv[1:] == ["full"]):
-        r = compile_one(*case)
+    for r in compiled_side_by_side(compile_case, cases(sys.argv[1:] == ["full"])):
         results.append(r)
         row = f"{r['kernel']:22} {r['device']:6} {r['dtype']:5} {r['tile']:11} {r['loads']:8} {r['registers']:4} {r['spill_bytes']:6}"
         print(f"{row} {r['shared']:7}  {r['variant']}", flush=True)

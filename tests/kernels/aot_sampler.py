@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import triton
-from aot import NAMES, SHARED_LIMIT, UNALIGNED_WIDTH, WIDTH, assemble, signature
+from aot import NAMES, SHARED_LIMIT, UNALIGNED_WIDTH, WIDTH, assemble, compiled_side_by_side, signature
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -81,8 +83,8 @@ def attention_case(
     return result | {"tile": f"{tile.rows}x{tile.cols}", "variant": variant}
 
 
-def small_cases(capability: Capability, dtype: torch.dtype) -> list[Result]:
-    """The merge, the store and the sum of partial sums."""
+def small_case(capability: Capability, dtype: torch.dtype, which: int) -> Result:
+    """The merge, the store or the sum of partial sums."""
     data = f"*{NAMES[dtype]}"
     merge = dict.fromkeys(("span_out", "span_lse"), "*fp32") | dict.fromkeys(("context_lengths", "cu_query_lengths"), "*i32")
     merge |= {"out": data, "sequences": "i32"}
@@ -95,10 +97,8 @@ def small_cases(capability: Capability, dtype: torch.dtype) -> list[Result]:
         (attention_kernels.store_kernel, store, {"WIDTH": 1024, "PADDED": 1024}, 4),
         (kernels.sum_partials_kernel, sums, sum_constants, 4),
     ]
-    return [
-        compile_one(kernel, capability, dtype, types, constants, warps=warps, stages=3) | {"tile": "", "variant": ""}
-        for kernel, types, constants, warps in chosen
-    ]
+    kernel, types, constants, warps = chosen[which]
+    return compile_one(kernel, capability, dtype, types, constants, warps=warps, stages=3) | {"tile": "", "variant": ""}
 
 
 def attention_shapes(full: bool) -> list[tuple[int, int, int]]:
@@ -108,28 +108,32 @@ def attention_shapes(full: bool) -> list[tuple[int, int, int]]:
     return [(128, 2, 16), (128, 7, 256), (64, 6, 16), (80, 3, 5), (256, 4, 16), (32, 1, 16), (64, 64, 16)]
 
 
-def cases(full: bool) -> list[Result]:
+def cases(full: bool) -> list[Callable[[], Result]]:
     """ "fast": what the sampler of a bfloat16 model with heads of 128 uses on 8.0, 9.0 and 10.0."""
-    results = []
+    chosen: list[Callable[[], Result]] = []
     capabilities: list[Capability] = [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)] if full else [(8, 0), (9, 0), (10, 0)]
     for capability in capabilities:
         for dtype in (torch.bfloat16, torch.float32) if full else (torch.bfloat16,):
             tile = tiles.nearest_tile(capability, dtype)
             widths = [(tile, WIDTH), (tiles.UNALIGNED_TILE, UNALIGNED_WIDTH)] if full and tile.tma else [(tile, WIDTH)]
             for used, width in widths:
-                results += [sample_case(capability, dtype, used, width, noisy) for noisy in ((True, False) if full else (True,))]
+                chosen += [partial(sample_case, capability, dtype, used, width, noisy) for noisy in ((True, False) if full else (True,))]
             for head_dim, group, block_size in attention_shapes(full):
                 q = torch.empty(1, 1, head_dim, dtype=dtype)
                 for decode in (True, False):
                     of_shape = attention_tiles.decode_tile(q, group) if decode else attention_tiles.prefill_tile(q, capability)
-                    results.append(attention_case(capability, dtype, of_shape, head_dim, group, block_size, decode))
-            results += small_cases(capability, dtype) if full else []
-    return results
+                    chosen.append(partial(attention_case, capability, dtype, of_shape, head_dim, group, block_size, decode))
+            chosen += [partial(small_case, capability, dtype, which) for which in range(3)] if full else []
+    return chosen
+
+
+def call(case: Callable[[], Result]) -> Result:
+    return case()
 
 
 def main() -> None:
     print(f"triton {triton.__version__}")
-    results = cases(sys.argv[1:] == ["full"])
+    results = list(compiled_side_by_side(call, cases(sys.argv[1:] == ["full"])))
     for r in results:
         row = f"{r['kernel']:22} {r['device']:6} {r['dtype']:5} {r['tile']:11} {r['registers']:4} {r['spill_bytes']:6} {r['shared']:7}"
         print(f"{row} wgmma={r['wgmma']} tcgen05={r['tcgen05']} mma={r['mma']} async={r['async']}  {r['variant']}")
