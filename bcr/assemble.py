@@ -16,7 +16,7 @@ from bcr.model.huggingface import read_config, resolve, stop_token_ids
 from bcr.records import Problem
 from bcr.runtime.config import config_folder, typed
 from bcr.runtime.schema import BundleConfig, DataConfig, DialectConfig, GradingConfig, ModelConfig, RandomModel, SamplingConfig
-from bcr.sampler import Sampler
+from bcr.sampler import Sampler, SamplingParams
 from bcr.tasks.arithmetic import ArithmeticDialect, ArithmeticProblems
 from bcr.tasks.arrangement import ArrangedBundles
 from bcr.tasks.bundles import Budget, BundleStream, Problems, longest_prompt
@@ -159,6 +159,13 @@ def build_sampler(model: Decoder, settings: SamplingConfig) -> Sampler:
         cache_mb=settings.cache_mb,
         invariant=settings.invariant,
         step_tokens=max(1024, 2 * settings.max_batch),
+    )
+
+
+def sampling_params(settings: SamplingConfig, n: int, dialect: Dialect, seed: int) -> SamplingParams:
+    """`n` samples a prompt as the settings say; training refuses cut distributions before it comes here."""
+    return SamplingParams(
+        settings.temperature, n, dialect.stop_token_ids, seed, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p
     )
 
 

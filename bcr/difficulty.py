@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from bcr.assemble import Task, assemble, build_grader, build_sampler, check_context
+from bcr.assemble import Task, assemble, build_grader, build_sampler, check_context, sampling_params
 from bcr.records import Problem
 from bcr.runtime.config import as_plain, launch
 from bcr.runtime.host import choose_device, settle_in
@@ -59,7 +59,7 @@ def prepare(config: DifficultyConfig) -> Measurement:
     task = assemble(config.model, config.data, config.dialect, config.seed, choose_device(config.device))
     problems = task.finite[: config.problems] if task.finite else [task.problems[index] for index in range(config.problems or ENDLESS)]
     check_context(task, [1], Budget(total=config.budget), problems)
-    params = SamplingParams(config.sampling.temperature, config.samples, task.dialect.stop_token_ids, config.seed)
+    params = sampling_params(config.sampling, config.samples, task.dialect, config.seed)
     output.mkdir(parents=True, exist_ok=True)
     return Measurement(config, task, problems, build_sampler(task.model, config.sampling), build_grader(config.grading), params)
 

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from bcr.analysis.cell import budget_curve, describe, scaling_laws
-from bcr.assemble import Task, assemble, build_grader, build_sampler, check_context, data_set, read_problems
+from bcr.assemble import Task, assemble, build_grader, build_sampler, check_context, data_set, read_problems, sampling_params
 from bcr.records import Problem, Verdict
 from bcr.runtime.config import as_plain, launch
 from bcr.runtime.host import choose_device, settle_in
@@ -65,15 +65,7 @@ def prepare(config: EvaluateConfig) -> Evaluation:
         raise ValueError(f"samples is {config.samples}; it must be at least 1.")
     if config.cut_at and min(config.cut_at) < 1:
         raise ValueError(f"cut_at is {config.cut_at}; a completion can be cut at 1 token or later.")
-    params = SamplingParams(
-        config.sampling.temperature,
-        config.samples,
-        task.dialect.stop_token_ids,
-        config.seed,
-        top_k=config.sampling.top_k,
-        top_p=config.sampling.top_p,
-        min_p=config.sampling.min_p,
-    )
+    params = sampling_params(config.sampling, config.samples, task.dialect, config.seed)
     if config.output:
         Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     cells = [(size, budget) for budget in budgets for size in config.sizes]

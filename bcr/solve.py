@@ -23,16 +23,17 @@ from rich.table import Table
 
 from bcr.analysis.agreement import agree
 from bcr.analysis.measures import summarise
-from bcr.assemble import Task, build_grader, build_sampler, check_context, load_model
+from bcr.assemble import Task, build_grader, build_sampler, check_context, load_model, sampling_params
 from bcr.evaluate import evaluate_cell
 from bcr.records import Problem
 from bcr.runtime.config import as_plain, launch
 from bcr.runtime.host import choose_device, settle_in
 from bcr.runtime.schema import DialectConfig, GradingConfig, ModelConfig, SamplingConfig
-from bcr.sampler import Sampler, SamplingParams
+from bcr.sampler import Sampler
 from bcr.tasks.arithmetic import ArithmeticProblems
 from bcr.tasks.bundles import Budget, as_request, check_sizes, consecutive_bundles
 from bcr.tasks.grader_pool import GraderPool
+from bcr.tasks.problems import Columns, read_file
 
 
 @dataclass
@@ -90,7 +91,7 @@ def prepare(config: SolveConfig) -> Job:
     if config.n == "auto" and 1 not in config.sizes:
         raise ValueError(f"sizes is {config.sizes}; n=auto compares with N = 1, which must be among them.")
     budget = Budget(config.budget, config.budget_per_problem)
-    problems = read_questions(Path(config.input), config.question, config.answer)
+    problems = read_questions("input", config.input, config)
     answers = Path(config.output) if config.output else Path(config.input).with_suffix(".answers.jsonl")
     if answers.resolve() == Path(config.input).resolve():
         raise ValueError(f"output is {str(answers)!r}, the input itself; name another file.")
@@ -120,25 +121,11 @@ def prepare(config: SolveConfig) -> Job:
     return Job(config, problems, known, n, budget, task, sampler, grader, answers, summary)
 
 
-def read_questions(path: Path, question: str, answer: str) -> list[Problem]:
-    """Problems of a JSONL file; the answer column may be missing (then the gold answer is empty). `id` is used where present."""
-    if not path.is_file():
-        raise ValueError(f"input is {str(path)!r}: there is no such file.")
-    problems = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}: row {number} is not valid JSON ({error}).") from error
-        if not isinstance(row, dict) or not str(row.get(question) or "").strip():
-            raise ValueError(f"{path}: row {number} lacks {question!r}; name the column that holds the question with question=... .")
-        gold = row.get(answer)
-        problems.append(Problem(str(row.get("id", number)), str(row[question]), "" if gold is None else str(gold), path.stem))
-    if not problems:
-        raise ValueError(f"{path}: the file holds no problems.")
-    return problems
+def read_questions(key: str, path: str, config: SolveConfig) -> list[Problem]:
+    """Problems of a file, answered or not; `key` names it in errors."""
+    if not Path(path).is_file():
+        raise ValueError(f"{key} is {path!r}: there is no such file.")
+    return read_file(path, Columns(config.question, config.answer), unanswered=True)
 
 
 def settings_of(summary: Path, config: SolveConfig) -> int | None:
@@ -160,7 +147,7 @@ def digest(path: Path) -> str:
 
 def calibration_problems(config: SolveConfig, problems: Sequence[Problem]) -> list[Problem]:
     """Problems with known answers: of the calibration file, else of the input; the embedded world can make its own."""
-    pool = read_questions(Path(config.calibration), config.question, config.answer) if config.calibration else problems
+    pool = read_questions("calibration", config.calibration, config) if config.calibration else problems
     known = [problem for problem in pool if problem.answer]
     if not known and config.kind == "arithmetic":
         heldout = ArithmeticProblems("heldout", config.seed)
@@ -174,7 +161,7 @@ def calibration_problems(config: SolveConfig, problems: Sequence[Problem]) -> li
 
 def measure(job: Job, sizes: Sequence[int], say: Callable[[Any], None]) -> dict[int, dict[str, Any]]:
     """Accuracy, tokens and seconds a problem by N, on the same problems each time."""
-    params = SamplingParams(job.config.sampling.temperature, 1, job.task.dialect.stop_token_ids, job.config.seed)
+    params = sampling_params(job.config.sampling, 1, job.task.dialect, job.config.seed)
     evaluate_cell(job.sampler, job.task.dialect, job.grader, job.known[:2], 1, job.budget, params)  # warm-up
     found: dict[int, dict[str, Any]] = {}
     for size in sizes:
@@ -204,7 +191,7 @@ def largest_within(measured: dict[int, dict[str, Any]], tolerance: float) -> int
 def solve(job: Job, n: int, done: int, progress: Callable[[int], None]) -> Iterator[list[dict[str, Any]]]:
     """Records of the problems from `done` on, some bundles at a time."""
     config, dialect = job.config, job.task.dialect
-    params = SamplingParams(config.sampling.temperature, config.samples, dialect.stop_token_ids, config.seed)
+    params = sampling_params(config.sampling, config.samples, dialect, config.seed)
     bundles = consecutive_bundles(job.problems, n, dialect, job.budget, "solve")[done // n :]
     at_once = max(1, 2 * config.sampling.max_batch // config.samples)
     for start in range(0, len(bundles), at_once):

@@ -16,7 +16,7 @@ import torch
 
 from bcr.analysis.measures import summarise
 from bcr.analysis.transcripts import telling_rollouts
-from bcr.assemble import Task, assemble, build_bundles, build_grader, build_sampler, check_context
+from bcr.assemble import Task, assemble, build_bundles, build_grader, build_sampler, check_context, sampling_params
 from bcr.learner.credit import make_examples
 from bcr.learner.learner import Learned, Learner
 from bcr.model import Decoder
@@ -34,7 +34,7 @@ from bcr.runtime.resume import Resumption, find_resumption
 from bcr.runtime.schema import TrainConfig
 from bcr.runtime.stop import StopRequest
 from bcr.runtime.training_state import Stateful, take_snapshot, write_checkpoint
-from bcr.sampler import Sampler, SamplingParams
+from bcr.sampler import Sampler
 from bcr.tasks.bundles import Budget, mixture
 from bcr.tasks.grader_pool import GraderPool
 from bcr.tasks.judging import Judged, judge
@@ -87,7 +87,7 @@ def prepare(config: TrainConfig) -> Run:
     sizes = mixture(config.bundles.sizes, config.bundles.shares)
     bundles = build_bundles(task, config.bundles, sizes, budget, config.seed)
     check_context(task, sizes, budget)
-    params = SamplingParams(config.sampling.temperature, config.bundles.group, task.dialect.stop_token_ids, config.seed)
+    params = sampling_params(config.sampling, config.bundles.group, task.dialect, config.seed)
     sampler, grader = build_sampler(task.model, config.sampling), build_grader(config.grading)
     rollouts = RolloutStream(bundles, sampler, params, config.bundles.per_step, config.off_policy.staleness)
     if resumption is None:

@@ -71,11 +71,6 @@ def count_loops(text: str) -> int:
     return sum(1 for _ in PATTERN.finditer(text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")))
 
 
-def loops_per_thousand(text: str, tokens: int) -> float:
-    """Loops per 1,000 tokens; 0 for no tokens."""
-    return 1000 * count_loops(text) / tokens if tokens else 0.0
-
-
 def repetition(tokens: Sequence[int], n: int = 8) -> float:
     """The share of n-grams that occurred before: 0 for a text that never repeats n tokens in a row, near 1 for an endless loop.
 

@@ -36,8 +36,9 @@ class Columns:
             raise ValueError(f"data.answer_form is {self.answer_form!r}; it must be one of {', '.join(ANSWER_FORMS)}.")
 
 
-def read_file(path: str | Path, columns: Columns | None = None) -> list[Problem]:
-    """All problems of a file: .jsonl, .json, .csv or .parquet (anything else is taken for JSON lines).
+def read_file(path: str | Path, columns: Columns | None = None, *, unanswered: bool = False) -> list[Problem]:
+    """All problems of a file: .jsonl, .json, .csv or .parquet (anything else is taken for JSON lines). With `unanswered` a row
+    may lack its answer, which is "" then.
 
     Raises ValueError, with one sentence, for a file that is missing, empty or damaged, and for a row that lacks a column, whose
     difficulty is no number, or whose solution holds no answer.
@@ -47,7 +48,7 @@ def read_file(path: str | Path, columns: Columns | None = None) -> list[Problem]
         raise ValueError(f"data.path is {str(path)!r}: there is no such file.")
     format = FORMATS.get(path.suffix)
     rows = json_lines(path) if format is None else dataset_rows(str(path), format, data_files=[str(path)], split="train")
-    return to_problems(rows, str(path), path.stem, columns or Columns())
+    return to_problems(rows, str(path), path.stem, columns or Columns(), unanswered=unanswered)
 
 
 def read_hub(repo: str, subset: str | None, split: str, columns: Columns | None = None) -> list[Problem]:
@@ -85,19 +86,20 @@ def dataset_rows(where: str, source: str, **options: Any) -> Iterator[tuple[int,
         raise ValueError(f"data.hub is {where!r}: the hub did not give it ({reason}); {advice}.") from error
 
 
-def to_problems(rows: Iterable[tuple[int, Any]], where: str, name: str, columns: Columns) -> list[Problem]:
+def to_problems(rows: Iterable[tuple[int, Any]], where: str, name: str, columns: Columns, *, unanswered: bool = False) -> list[Problem]:
     """One problem a row; `where` stands in errors, `name` in ids and sources that the rows do not give."""
     problems = []
     for number, row in rows:
         if not isinstance(row, Mapping):
             raise ValueError(f"{where}: row {number} is not a JSON object.")
-        for column in (columns.question, columns.answer):
+        silent = unanswered and row.get(columns.answer) in (None, "", [])
+        for column in (columns.question,) if silent else (columns.question, columns.answer):
             if row.get(column) in (None, "", []):
                 raise ValueError(f"{where}: row {number} lacks {column!r}.")
         if not isinstance(row[columns.question], str):
             raise ValueError(f"{where}: row {number} has a {columns.question!r} that is no text.")
-        answer = answer_of(row[columns.answer], columns.answer_form)
-        if not answer:
+        answer = "" if silent else answer_of(row[columns.answer], columns.answer_form)
+        if answer is None or not (answer or silent):
             raise ValueError(f"{where}: row {number} holds no answer in {columns.answer!r} (data.answer_form={columns.answer_form}).")
         given = {key: row[key] for key in (columns.id, "source") if row.get(key) is not None}
         problems.append(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bcr.analysis.loops import CHINESE, ENGLISH, count_loops, loops_per_thousand, repetition
+from bcr.analysis.loops import CHINESE, ENGLISH, count_loops, repetition
 
 
 @pytest.mark.parametrize("phrase", [*ENGLISH, *CHINESE])
@@ -25,11 +25,6 @@ def test_every_phrase_counts_once(phrase):
 )
 def test_words_that_only_look_alike_do_not(text, loops):
     assert count_loops(text) == loops
-
-
-def test_rates():
-    assert loops_per_thousand("Wait. Hmm.", 500) == 4.0
-    assert loops_per_thousand("", 0) == 0.0
 
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 5))

@@ -89,6 +89,8 @@ def test_no_hidden_wait_for_the_device(no_sync: None) -> None:
         (out.loss * 0.5).backward()
         result = linear_logprob(h, w, targets, with_entropy=True, active_tokens=300, backend="triton")
         (result.logprob.sum() + result.entropy.sum()).backward()
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(bool(grad.isfinite().all() & grad.any()) for grad in (h.grad, w.grad, accumulator))  # it did do the work
 
 
 def test_one_compilation_serves_every_batch() -> None:

@@ -38,6 +38,12 @@ def test_the_easier_problems_of_the_embedded_world(tmp_path):
         measured(tmp_path / "out", "problems=1")
 
 
+def test_cut_distributions_are_sampled_from(tmp_path):
+    """Of one token nothing is left to chance: all samples of a problem fare alike."""
+    files = measured(tmp_path / "out", "problems=12", "samples=4", "sampling.top_k=1")
+    assert {record["pass_rate"] for record in files["measured"]} <= {0.0, 1.0}
+
+
 @pytest.fixture
 def sums(tmp_path):
     """20 problems with difficulties, and a benchmark that holds two of them in another dress."""

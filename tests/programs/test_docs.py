@@ -80,10 +80,11 @@ def test_every_program_line_passes_its_own_checks(command, outputs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [line for line in commands(PROGRAM_LINES) if "device=cuda" not in line and "bcr.report" not in line])
-def test_every_program_line_runs(command, outputs):
+def test_every_program_line_runs(command, outputs, capsys):
     words = shlex.split(command.removeprefix("-m bcr."), comments=True)
     schema, prepare, run = PROGRAMS[words[0]]
     run(prepare(compose(CONFIGS.get(words[0], words[0]), [*overrides_of(words), *SMALL[words[0]]], schema)))
+    assert capsys.readouterr().out.strip(), "a program says what it has done"
 
 
 @pytest.mark.slow

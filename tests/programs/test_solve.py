@@ -72,6 +72,12 @@ def test_answers_are_on_disk_before_the_end(problems, monkeypatch):
     assert read(problems.with_suffix(".answers.jsonl")) == taken
 
 
+def test_cut_distributions_are_sampled_from(problems):
+    """Of one token nothing is left to chance: all samples agree."""
+    records = read(solved(problems, "n=3", "samples=3", "sampling.top_k=1"))
+    assert all(len(set(record["answers"])) == 1 for record in records)
+
+
 def test_auto_takes_the_largest_n_within_the_tolerance(problems, capsys):
     answers = solved(problems, "sizes=[1,2,4]", "tolerance=1.0", "calibration_problems=4")
     summary = json.loads(answers.with_suffix(".summary.json").read_text())
