@@ -1,0 +1,76 @@
+"""What ranks do together, on real processes."""
+
+import math
+from typing import Any
+
+import pytest
+
+from bcr.parallel.ranks import Ranks
+from tests.parallel.launch import on_ranks
+
+
+def collectives(ranks: Ranks) -> dict[str, Any]:
+    me = ranks.rank
+    return {
+        "gather": ranks.gather({"me": me}),
+        "gather_first": ranks.gather_first(me),
+        "broadcast": ranks.broadcast(f"of {me}"),
+        "sum": ranks.sum({"all": 0.1 * (me + 1), f"of {me}": 1.0}),
+        "max": ranks.max({"all": float(me), "odd": math.nan if me else 0.0}),
+        "any": [ranks.any(me == 1), ranks.any(False)],
+        "exchange": ranks.exchange([[me, to] * (1 + me + to) for to in range(ranks.size)]),
+        "meshes": [(ranks.mesh(shard).mesh_dim_names, ranks.mesh(shard).mesh.tolist()) for shard in (None, 1, ranks.size)],
+        "agreed": agreement(ranks),
+    }
+
+
+def agreement(ranks: Ranks) -> list[str]:
+    said = []
+    for culprit in (0, 1):
+        try:
+            with ranks.agreeing():
+                if ranks.rank == culprit:
+                    raise ValueError(f"found by {culprit}")
+        except ValueError as error:
+            said.append(str(error))
+    with ranks.agreeing():
+        pass
+    return said
+
+
+def test_collectives() -> None:
+    first, second = on_ranks(2, collectives)
+    for found in (first, second):
+        assert found["gather"] == [{"me": 0}, {"me": 1}]
+        assert found["broadcast"] == "of 0"
+        assert found["sum"] == {"all": math.fsum([0.1, 0.2]), "of 0": 1.0, "of 1": 1.0}
+        assert found["max"]["all"] == 1.0
+        assert math.isnan(found["max"]["odd"])
+        assert found["any"] == [True, False]
+        assert found["agreed"] == ["found by 0", "found by 1"]
+        assert found["meshes"] == [(("shard",), [0, 1]), (("replicate", "shard"), [[0], [1]]), (("shard",), [0, 1])]
+    assert (first["gather_first"], second["gather_first"]) == ([0, 1], [])
+    assert first["exchange"] == [[0, 0], [1, 0] * 2]
+    assert second["exchange"] == [[0, 1] * 2, [1, 1] * 3]
+
+
+def hybrid(ranks: Ranks) -> Any:
+    with pytest.raises(ValueError, match=r"parallel.shard_size is 3; it must divide"):
+        ranks.mesh(3)
+    return ranks.mesh().mesh.tolist(), ranks.mesh(4).mesh.tolist()
+
+
+@pytest.mark.slow
+def test_machines_replicate_and_their_ranks_shard() -> None:
+    assert on_ranks(4, hybrid, nodes=2) == [([[0, 1], [2, 3]], [0, 1, 2, 3])] * 4
+
+
+def test_one_process_needs_no_group() -> None:
+    ranks = Ranks.alone()
+    assert (ranks.first, ranks.gather(3), ranks.gather_first(3), ranks.broadcast(3)) == (True, [3], [3], 3)
+    assert (ranks.sum({"a": 1.0}), ranks.max({"a": 1.0}), ranks.any(True), ranks.exchange([7])) == ({"a": 1.0}, {"a": 1.0}, True, [7])
+    with ranks.agreeing():
+        pass
+    with pytest.raises(ValueError, match="mine"), ranks.agreeing():
+        raise ValueError("mine")
+    ranks.close()
