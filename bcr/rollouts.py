@@ -36,9 +36,13 @@ class RolloutStream:
 
     def next(self) -> Batch:
         while len(self.waiting) <= self.staleness:
-            bundles = self.bundles.take(self.per_step)
-            self.waiting.append((bundles, self.sampler.generate([as_request(bundle) for bundle in bundles], self.params)))
+            self.waiting.append(self.sample(self.per_step))
         return self.waiting.popleft()
+
+    def sample(self, count: int) -> Batch:
+        """The next `count` bundles, sampled now."""
+        bundles = self.bundles.take(count)
+        return bundles, self.sampler.generate([as_request(bundle) for bundle in bundles], self.params)
 
     def names(self, bundles: Sequence[Bundle], indices: Sequence[int]) -> list[dict[str, Any]]:
         """Bundle and sample of rollouts counted through the whole batch."""

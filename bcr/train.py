@@ -6,7 +6,7 @@ bundles -> rollouts -> verdicts -> advantages -> packs -> one optimizer step -> 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 from bcr.analysis.measures import summarise
 from bcr.analysis.transcripts import telling_rollouts
 from bcr.assemble import Task, assemble, build_bundles, build_grader, build_sampler, check_context, sampling_params
-from bcr.learner.credit import make_examples
+from bcr.dynamic_sampling import Replaced, replace_silent
+from bcr.learner.credit import differs_in_accuracy, make_examples
 from bcr.learner.learner import Learned, Learner
 from bcr.model import Decoder
 from bcr.model.ops import implementations
@@ -55,6 +56,11 @@ class Run:
     def sampler(self) -> Sampler:
         return self.rollouts.sampler
 
+    def sample(self, count: int) -> list[list[Judged]]:
+        """`count` more groups, sampled and judged now."""
+        bundles, groups = self.rollouts.sample(count)
+        return judge(bundles, groups, self.task.dialect, self.grader)
+
 
 def prepare(config: TrainConfig) -> Run:
     """Check everything and load the model. Raises ValueError, with one sentence, before anything expensive starts."""
@@ -66,6 +72,10 @@ def prepare(config: TrainConfig) -> Run:
     for name, value in positive.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
+    if config.bundles.resample_rounds < 0:
+        raise ValueError(f"bundles.resample_rounds is {config.bundles.resample_rounds}; it must not be negative.")
+    if config.bundles.resample_rounds and config.off_policy.staleness:
+        raise ValueError("bundles.resample_rounds replaces groups by fresh ones, which off_policy.staleness forbids; set one of them to 0.")
     if config.bundles.group < 2:
         raise ValueError(f"bundles.group is {config.bundles.group}; a group needs 2 rollouts or more to be compared.")
     if not config.sampling.temperature > 0:
@@ -105,6 +115,7 @@ def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool]
     config, task = run.config, run.task
     learner = Learner(task.model, config.optimizer, config.loss, config.off_policy, config.sampling.temperature, run.device)
     guards, clock = Guards(config.guards), Clock()
+    has_signal = partial(differs_in_accuracy, advantage=config.advantage)
     parts: dict[str, Stateful] = {"rollouts": run.rollouts, "learner": learner, "guards": guards}
     done, offsets = run.resumption.restore(task.model, learner.optimizer, parts) if run.resumption else (0, {})
     with (
@@ -118,11 +129,14 @@ def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool]
                 bundles, groups = run.rollouts.next()
             with clock("grading"):
                 judged = judge(bundles, groups, task.dialect, run.grader)
-                examples = make_examples(judged, config.advantage, config.reward)
+            with clock("resampling"):  # nothing, unless bundles.resample_rounds asks for it
+                replaced = replace_silent(judged, has_signal, run.sample, config.bundles.resample_rounds)
+                judged, bundles = replaced.groups, [group[0].bundle for group in replaced.groups]
             with clock("learning"):
+                examples = make_examples(judged, config.advantage, config.reward)
                 learned = learner.learn(examples, step - 1)
                 run.sampler.on_weights_changed()
-            metrics = step_metrics([rollout for group in judged for rollout in group], learned)
+            metrics = step_metrics(replaced, learned)
             files.write("metrics", {"step": step, **metrics})
             files.write("timings", {"step": step, **clock.seconds, "graders_replaced": run.grader.replaced})
             for record in telling_rollouts(judged, examples, task.dialect, config.logging.rollouts):
@@ -153,12 +167,18 @@ def main(run: Run) -> None:
         train(run, stop=stop)
 
 
-def step_metrics(judged: Sequence[Judged], learned: Learned) -> dict[str, Any]:
-    """What a step's line in metrics.jsonl says: the measures of its rollouts and of its update. A pure function of the run's seed."""
+def step_metrics(sampled: Replaced, learned: Learned) -> dict[str, Any]:
+    """What a step's line in metrics.jsonl says: the measures of its rollouts and of its update. A pure function of the run's seed.
+
+    `tokens_sampled` are all of them, those of groups that were replaced too; everything else is of what was learnt from.
+    """
     sums = learned.sums
+    judged = [rollout for group in sampled.groups for rollout in group]
     tokens, compared = (max(1.0, sums.get(name, 0.0)) for name in ("tokens", "mismatch_tokens"))
     return {
         **summarise(judged),
+        "tokens_sampled": sum(len(rollout.rollout.token_ids) for rollout in judged) + sampled.dropped_tokens,
+        "dropped_groups": sampled.dropped_groups,
         "without_signal": 1 - learned.num_live / len(judged),
         "loss": sums.get("loss_sum", 0.0),
         "grad_norm": sums["grad_norm"],

@@ -20,37 +20,70 @@ EPSILON = 1e-4  # on the standard deviation, as in verl and TRL
 
 @dataclass
 class AdvantageConfig:
-    """`scope` "rollout" or "problem"; `normalise_std` False is Dr.GRPO's; `discount` applies to scope "problem"."""
+    """`scope` "rollout" or "problem"; `normalise_std` False is Dr.GRPO's; `discount` applies to scope "problem".
+
+    `std_of` "group" divides by the standard deviation of the group (GRPO), "batch" by that of everything sampled for the step (DLER).
+    """
 
     scope: str = "rollout"
     normalise_std: bool = True
+    std_of: str = "group"
     discount: float = 1.0
 
     def check(self) -> None:
         if self.scope not in ("rollout", "problem"):
             raise ValueError(f"advantage.scope is {self.scope!r}; it must be 'rollout' or 'problem'.")
+        if self.std_of not in ("group", "batch"):
+            raise ValueError(f"advantage.std_of is {self.std_of!r}; it must be 'group' or 'batch'.")
+        if self.std_of == "batch" and not self.normalise_std:
+            raise ValueError("advantage.std_of is 'batch', but advantage.normalise_std is false: no standard deviation is used.")
         if not 0 <= self.discount <= 1:
             raise ValueError(f"advantage.discount is {self.discount}; it must lie between 0 and 1.")
 
 
+def batch_advantages(
+    rewards: Sequence[Sequence[Sequence[float]]], segments: Sequence[Sequence[Sequence[Segment]]], config: AdvantageConfig
+) -> list[list[list[float]]]:
+    """One advantage for each segment of each rollout of each group of a step; see `group_advantages`, which takes a group at a time.
+
+    With `std_of` "batch" (REINFORCE++ with the group's mean as baseline, as in DLER, arXiv 2510.15110) the scores are centred in their
+    group and divided by the sample standard deviation of all centred scores of the step. Their mean is 0, each group's being 0. All groups
+    are alike in scale then: one with a single success among failures does not weigh more than one with many. Equal scores still give 0.
+    """
+    std = batch_deviation(rewards, config) if config.std_of == "batch" else None
+    return [group_advantages(rows, spans, config, std) for rows, spans in zip(rewards, segments, strict=True)]
+
+
 def group_advantages(
-    rewards: Sequence[Sequence[float]], segments: Sequence[Sequence[Segment]], config: AdvantageConfig
+    rewards: Sequence[Sequence[float]], segments: Sequence[Sequence[Segment]], config: AdvantageConfig, std: float | None = None
 ) -> list[list[float]]:
     """One advantage for each segment of each of the G rollouts of a group.
 
-    `rewards[g][j]` is the reward of problem j in rollout g; `segments[g]` are that rollout's segments in completion order.
+    `rewards[g][j]` is the reward of problem j in rollout g; `segments[g]` are that rollout's segments in completion order. `std` takes
+    the place of the group's own standard deviation.
 
     >>> first, second = Segment(0, 0, 5), Segment(1, 5, 9)
     >>> group_advantages([[1, 1], [1, 0]], [[first, second], [first, second]], AdvantageConfig(normalise_std=False))
     [[0.25, 0.25], [-0.25, -0.25]]
     """
+    columns = [normalise(column, config.normalise_std, std) for column in scores(rewards, config)]
     if config.scope == "rollout":
-        scores = [sum(row) / len(row) for row in rewards]
-        return [[advantage] * len(spans) for advantage, spans in zip(normalise(scores, config.normalise_std), segments, strict=True)]
-    returns = [discounted_returns(row, config.discount) for row in rewards]
-    num_problems = len(returns[0])
-    by_problem = [normalise([row[j] for row in returns], config.normalise_std) for j in range(num_problems)]
-    return [[by_problem[j][g] for j in responsible_problems(spans)] for g, spans in enumerate(segments)]
+        return [[columns[0][g]] * len(spans) for g, spans in enumerate(segments)]
+    return [[columns[j][g] for j in responsible_problems(spans)] for g, spans in enumerate(segments)]
+
+
+def scores(rewards: Sequence[Sequence[float]], config: AdvantageConfig) -> list[list[float]]:
+    """What is compared within a group, as columns of G numbers: one column of mean rewards (scope rollout), or one of returns for each
+    problem (scope problem)."""
+    if config.scope == "rollout":
+        return [[sum(row) / len(row) for row in rewards]]
+    return [list(column) for column in zip(*(discounted_returns(row, config.discount) for row in rewards), strict=True)]
+
+
+def batch_deviation(rewards: Sequence[Sequence[Sequence[float]]], config: AdvantageConfig) -> float:
+    """The sample standard deviation of all scores of a step, each less the mean of its group."""
+    centred = [value for group in rewards for column in scores(group, config) for value in normalise(column, by_std=False)]
+    return math.sqrt(math.fsum(value * value for value in centred) / (len(centred) - 1))
 
 
 def responsible_problems(segments: Sequence[Segment]) -> list[int]:
@@ -88,13 +121,17 @@ def discounted_returns(rewards: Sequence[float], discount: float) -> list[float]
     return returns[::-1]
 
 
-def normalise(scores: Sequence[float], by_std: bool) -> list[float]:
-    """Scores less their mean, over their sample standard deviation if asked (GRPO, DeepSeekMath eq. 3). Equal scores give exactly 0."""
+def normalise(scores: Sequence[float], by_std: bool, std: float | None = None) -> list[float]:
+    """Scores less their mean, over their sample standard deviation if asked (GRPO, DeepSeekMath eq. 3), or over `std` where one is given.
+
+    Equal scores give exactly 0.
+    """
     if max(scores) == min(scores):
         return [0.0] * len(scores)
     mean = math.fsum(scores) / len(scores)
     centred = [score - mean for score in scores]
     if not by_std:
         return centred
-    std = math.sqrt(math.fsum(c * c for c in centred) / (len(scores) - 1))
+    if std is None:
+        std = math.sqrt(math.fsum(c * c for c in centred) / (len(scores) - 1))
     return [c / (std + EPSILON) for c in centred]

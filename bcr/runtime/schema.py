@@ -72,6 +72,7 @@ class BundleConfig:
     count: int | None = None
     per_step: int = 12
     group: int = 8
+    resample_rounds: int = 0
 
 
 @dataclass

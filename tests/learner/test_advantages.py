@@ -6,7 +6,16 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from bcr.learner.advantages import EPSILON, AdvantageConfig, discounted_returns, group_advantages, normalise, responsible_problems
+from bcr.learner.advantages import (
+    EPSILON,
+    AdvantageConfig,
+    batch_advantages,
+    batch_deviation,
+    discounted_returns,
+    group_advantages,
+    normalise,
+    responsible_problems,
+)
 from bcr.learner.credit import make_examples
 from bcr.learner.rewards import RewardConfig
 from bcr.records import Bundle, Problem, Rollout, Segment, Verdict
@@ -253,3 +262,46 @@ def test_examples_keep_the_order_of_the_groups_and_those_without_signal():
     assert [example.has_signal for example in made] == [True, True, False, False]
     assert made[1].segments == groups[0][1].segments
     assert made[1].logprobs == groups[0][1].rollout.logprobs
+
+
+# ---- one standard deviation for the batch --------------------------------------------------------------------------------------
+
+BATCH = AdvantageConfig(std_of="batch")
+
+
+def test_batch_deviation_by_hand():
+    """Two groups of four: one success, and two. Centred 3/4, -1/4, -1/4, -1/4 and 1/2, 1/2, -1/2, -1/2: sum of squares 7/4, over 7."""
+    rewards = [[[1], [0], [0], [0]], [[1], [1], [0], [0]]]
+    spans = [[opened(0)] * 4] * 2
+    std = math.sqrt(7 / 4 / 7) + EPSILON
+    found = batch_advantages(rewards, spans, BATCH)
+    assert found[0] == [pytest.approx([0.75 / std]), *[pytest.approx([-0.25 / std])] * 3]
+    assert found[1] == [*[pytest.approx([0.5 / std])] * 2, *[pytest.approx([-0.5 / std])] * 2]
+
+
+def test_batch_deviation_of_returns_by_hand():
+    """Scope problem: returns 2, 1 and 1, 0 of two rollouts; centred 1/2, -1/2 twice: sum of squares 1, over 3."""
+    found = batch_advantages([[[1, 1], [1, 0]]], [[opened(0, 1)] * 2], AdvantageConfig(scope="problem", std_of="batch"))
+    place = 0.5 / (math.sqrt(1 / 3) + EPSILON)
+    assert found == [[pytest.approx([place, place]), pytest.approx([-place, -place])]]
+
+
+@calm
+@given(st.lists(st.lists(reward_rows, min_size=4, max_size=4), min_size=1, max_size=5), st.sampled_from(["rollout", "problem"]))
+def test_batch_advantages_are_centred_ones_in_one_scale(groups, scope):
+    spans = [[opened(0, 1, 2, 3, 4)] * 4 for _ in groups]
+    found = batch_advantages(groups, spans, AdvantageConfig(scope, std_of="batch"))
+    centred = batch_advantages(groups, spans, AdvantageConfig(scope, normalise_std=False))
+    std = batch_deviation(groups, AdvantageConfig(scope)) + EPSILON
+    assert found == [[[pytest.approx(value / std) for value in row] for row in rows] for rows in centred]
+    alone = batch_advantages(groups, spans, AdvantageConfig(scope))
+    assert alone == [group_advantages(rows, row, AdvantageConfig(scope)) for rows, row in zip(groups, spans, strict=True)]
+
+
+@pytest.mark.parametrize(("config", "sentence"), [
+    (AdvantageConfig(std_of="step"), "std_of is 'step'"),
+    (AdvantageConfig(normalise_std=False, std_of="batch"), "no standard deviation is used"),
+])  # fmt: skip
+def test_bad_standard_deviations(config, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        config.check()
