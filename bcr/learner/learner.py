@@ -49,7 +49,8 @@ class Learner:
         self.model, self.config, self.loss, self.off_policy = model, optimizer, loss, off_policy
         self.temperature, self.device = temperature, device
         self.optimizer = optimizer.build(model)
-        self.reference = copy.deepcopy(model).requires_grad_(False) if loss.kl_coef > 0 else None
+        frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}  # shared, not copied
+        self.reference = copy.deepcopy(model, frozen).requires_grad_(False) if loss.kl_coef > 0 else None
         self.pack_tokens = optimizer.pack_tokens
 
     def learn(self, examples: Sequence[Example], step: int) -> Learned:

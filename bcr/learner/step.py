@@ -37,9 +37,10 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.betas is {self.betas}; it must be two numbers from 0 up to, but not including, 1.")
 
     def build(self, model: Decoder) -> MasterAdamW:
-        """AdamW with float32 state, whatever the dtype of the model's weights."""
+        """AdamW over the weights that require a gradient, with float32 state whatever their dtype."""
         beta1, beta2 = self.betas
-        return MasterAdamW(model.parameters(), lr=self.lr, betas=(beta1, beta2), weight_decay=self.weight_decay, fused=True)
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        return MasterAdamW(trained, lr=self.lr, betas=(beta1, beta2), weight_decay=self.weight_decay, fused=True)
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step` (from 0)."""
