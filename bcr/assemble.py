@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bcr.model import Decoder, DecoderConfig, load_pretrained
 from bcr.model.huggingface import read_config, resolve, stop_token_ids
+from bcr.model.lora import adapt
 from bcr.records import Problem
 from bcr.runtime.config import config_folder, typed
 from bcr.runtime.schema import BundleConfig, DataConfig, DialectConfig, GradingConfig, ModelConfig, RandomModel, SamplingConfig
@@ -53,23 +54,29 @@ def assemble(model: ModelConfig, data: DataConfig, dialect: DialectConfig, seed:
     if (model.path is None) == (model.random is None):
         raise ValueError("model.path and model.random: give exactly one of them.")
     dtype = working_dtype(model.dtype, device)
+    model.lora.adapter(model.path)  # its checks come before anything is read
     finite, excluded = decontaminated(data) if data.kind == "dataset" else (None, [])
     problems: Problems = ShuffledProblems(finite, seed) if finite else ArithmeticProblems(data.split, seed, data.operations)  # type: ignore[arg-type]
     if model.random is None:
-        return Task(*load_model(model, data.kind, dialect, device), problems, finite, excluded)
+        return Task(*load_model(model, data.kind, dialect, device, seed), problems, finite, excluded)
     if finite is None:
         raise ValueError("model.random trains its tokenizer on the data's text: use it with data=jsonl or another data set.")
     tokenizer = train_tokenizer([f"{problem.question}\n{problem.answer}" for problem in finite], model.random.vocab_size)
     vocabulary = tokenizer.get_vocab()
     decoder = random_decoder(model.random, len(vocabulary), seed).to(device, dtype)
+    adapt(decoder, model.lora, model.path, seed)
     decoder.activation_checkpointing = model.activation_checkpointing
     spoken = TextDialect(tokenizer, [vocabulary["<eos>"]], dialect.form, None, dialect.answers_in_thinking)
     return Task(decoder, spoken, problems, finite, excluded)
 
 
-def load_model(model: ModelConfig, kind: str, dialect: DialectConfig, device: torch.device) -> tuple[Decoder, Dialect]:
-    """The checkpoint at `model.path` and the dialect it is spoken to in: that of the embedded world where `kind` is "arithmetic"."""
+def load_model(model: ModelConfig, kind: str, dialect: DialectConfig, device: torch.device, seed: int = 0) -> tuple[Decoder, Dialect]:
+    """The checkpoint at `model.path` and the dialect it is spoken to in: that of the embedded world where `kind` is "arithmetic".
+
+    `seed` is that of new adapters, where `model.lora` asks for them.
+    """
     assert model.path is not None
+    model.lora.adapter(model.path)  # its checks come before anything is loaded
     folder = model_folder(model.path)
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
@@ -82,6 +89,7 @@ def load_model(model: ModelConfig, kind: str, dialect: DialectConfig, device: to
         chat = read_chat_template(folder, dialect.system, dialect.thinking) if dialect.chat else None
         spoken = TextDialect(tokenizer, stop_token_ids(folder), dialect.form, chat, dialect.answers_in_thinking)
     decoder = load_pretrained(folder, dtype=working_dtype(model.dtype, device), device=device)
+    adapt(decoder, model.lora, model.path, seed)
     decoder.activation_checkpointing = model.activation_checkpointing
     return decoder, spoken
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from bcr.model import ops
 from bcr.model.experts import MixtureOfExperts
 from bcr.model.mlp import SwiGLU
 from bcr.model.rotary import RopeScaling, Rotary
+
+if TYPE_CHECKING:
+    from bcr.model.lora import Adapter
 
 # attention(layer, query[T,Q,D], key[T,K,D], value[T,K,D]) -> [T,Q,D]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -84,6 +87,7 @@ class Decoder(nn.Module):
         self.config = config
         self.activation_checkpointing = False  # True: the backward computes each layer's activations again instead of keeping them
         self.companions: dict[str, bytes] = {}  # files that came with the checkpoint it was loaded from; see `bcr.model.huggingface`
+        self.adapter: Adapter | None = None  # low-rank adapters on its linear layers; see `bcr.model.lora`
         self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

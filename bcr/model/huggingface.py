@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bcr.model import lora
 from bcr.model.decoder import Decoder, DecoderConfig
 from bcr.model.rotary import RopeScaling
 from bcr.model.weights import INDEX, SHARD_BYTES, empty_state, fill_from, under_their_names, write_weights
@@ -90,7 +91,8 @@ def save_pretrained(
 
     A model that was loaded brings its companions: tokenizer and chat template are written as they were, and of its two configs all
     that we know nothing of. `eos_token_id` and `bos_token_id` default to what they say. Above `shard_bytes` the weights are
-    written in shards with an index. OSError if the disk is full.
+    written in shards with an index. Low-rank adapters are merged into the weights, and written alone into the folder `adapter`.
+    OSError if the disk is full.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,10 @@ def save_pretrained(
     kept = {name: value for name, value in config.items() if name not in STALE}
     write_json(folder / "config.json", {**kept, **describe(model), **special})
     write_json(folder / "generation_config.json", {**generation, **special})
-    write_weights(folder, under_their_names(model.state_dict(), model.config), shard_bytes)
+    state = lora.merged_state(model) if model.adapter else model.state_dict()
+    write_weights(folder, under_their_names(state, model.config), shard_bytes)
+    if model.adapter:
+        lora.write_adapter(model, folder / lora.FOLDER)
 
 
 def describe(model: Decoder) -> dict[str, Any]:

@@ -27,7 +27,6 @@ UNMAP_BYTES = 64_000_000  # what is read of a mapped file counts as memory while
 
 def under_their_names(state: Mapping[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
     """Views of our tensors under Hugging Face's names: what is written to a view is in our tensor."""
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     views: dict[str, Tensor] = {}
     for name, tensor in state.items():
         ours = next((fused for fused in FUSED if f".{fused}." in name), None)
@@ -35,10 +34,17 @@ def under_their_names(state: Mapping[str, Tensor], config: DecoderConfig) -> dic
         if ours is None:
             views[prefix + name] = tensor
             continue
-        sizes = [n * config.head_dim for n in heads] if ours == "qkv_proj" else [tensor.shape[0] // 2] * 2
-        for theirs, part in zip(FUSED[ours], tensor.split(sizes), strict=True):
+        for theirs, part in zip(FUSED[ours], tensor.split(part_sizes(ours, tensor.shape[0], config)), strict=True):
             views[prefix + name.replace(ours, theirs)] = part
     return views
+
+
+def part_sizes(name: str, rows: int, config: DecoderConfig) -> list[int]:
+    """Of the matrix `name` with so many rows, how many belong to each of its parts (in the order of FUSED)."""
+    if name == "qkv_proj":
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        return [count * config.head_dim for count in heads]
+    return [rows // 2] * 2 if name in FUSED else [rows]
 
 
 # ---- in -----------------------------------------------------------------------------------------------------------------------

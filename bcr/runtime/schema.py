@@ -9,6 +9,7 @@ from bcr.learner.losses import LossConfig
 from bcr.learner.off_policy import OffPolicyConfig
 from bcr.learner.rewards import RewardConfig
 from bcr.learner.step import OptimizerConfig
+from bcr.model.lora import LoraConfig
 from bcr.runtime.guards import GuardConfig
 
 
@@ -32,6 +33,7 @@ class ModelConfig:
     random: RandomModel | None = None
     dtype: str = "auto"
     activation_checkpointing: bool = False
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass

@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from bcr.model import Decoder
+from bcr.model.lora import empty_twin
 from bcr.runtime.checkpoint import save_checkpoint
 from bcr.tasks.dialect import Dialect
 
@@ -62,8 +63,7 @@ def take_snapshot(
     }
     live = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
     tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
-    with torch.device("meta"):
-        copy = Decoder(model.config)
+    copy = empty_twin(model)
     copy.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()}, assign=True)
     copy.companions = model.companions
     return Snapshot(copy, tensors, plain)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bcr import train as program
 from bcr.model import load_pretrained
@@ -84,6 +85,27 @@ def test_waiting_rollouts_and_the_reference_come_back_too(tmp_path: Path) -> Non
         assert (tmp_path / "once" / file).read_bytes() == (tmp_path / "twice" / file).read_bytes(), file
     metrics = [json.loads(line) for line in (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()]
     assert [step["reference_kl"] > 0 for step in metrics] == [True] * 4  # of the first step too: its second update has moved
+
+
+def test_adapters_come_back_too(tmp_path: Path) -> None:
+    """Adapter, moments and reference in bfloat16, where masters are more than the weights tell; and what is saved can be started from."""
+    options = ["steps=4", "model.lora.rank=2", "model.dtype=bfloat16", "loss.kl_coef=0.1", "optimizer.lr=0.01"]
+    run(tmp_path / "once", *options)
+    run(tmp_path / "twice", *options, stop_after=2)
+    run(tmp_path / "twice", *options)
+    last = "checkpoints/step-000004"
+    adapter = f"{last}/adapter/adapter_model.safetensors"
+    for file in ("metrics.jsonl", "rollouts.jsonl", f"{last}/model.safetensors", adapter, f"{last}/training/__0_0.distcp"):
+        assert (tmp_path / "once" / file).read_bytes() == (tmp_path / "twice" / file).read_bytes(), file
+    metrics = [json.loads(line) for line in (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()]
+    assert all(step["updated"] == 1.0 and step["dlogprob_mean"] < 0.02 for step in metrics)
+    assert metrics[-1]["reference_kl"] > metrics[0]["reference_kl"]
+    run(tmp_path / "onward", "steps=1", f"model.lora.path={tmp_path / 'once' / last / 'adapter'}", "optimizer.lr=1e-12")
+    written = [
+        load_file(folder / "checkpoints" / "latest" / "adapter" / "adapter_model.safetensors")
+        for folder in (tmp_path / "once", tmp_path / "onward")
+    ]
+    assert all(torch.allclose(written[0][name].float(), tensor) for name, tensor in written[1].items())
 
 
 def flip(file: Path) -> None:

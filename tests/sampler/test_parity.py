@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bcr.model import Decoder, save_pretrained
 from bcr.model.attention import PackedAttention
+from bcr.model.lora import LoraConfig, adapt
 from bcr.model.row_attention import InvariantAttention, round_up
 from bcr.sampler import Request, Rollout, Sampler, SamplingParams
 from bcr_kernels import linear_logprob
@@ -53,7 +54,20 @@ def trainer_logprobs(model: Decoder, pack: Sequence[tuple[list[int], Rollout]], 
 @pytest.mark.parametrize(("family", "dtype"), MODES)
 def test_exact_with_invariant_attention(family: str, dtype: torch.dtype, make_decoder) -> None:
     """Mixed batches, chunks and decoding in the sampler; packs of every size in the trainer: one set of log-probs, bit for bit."""
-    model = make_decoder(max_position_embeddings=512, **FAMILIES[family]).to(dtype)
+    is_exact(make_decoder(max_position_embeddings=512, **FAMILIES[family]).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_with_low_rank_adapters(dtype: torch.dtype, make_decoder) -> None:
+    model = adapt(make_decoder(max_position_embeddings=512).to(dtype), LoraConfig(rank=5), None, seed=0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("lora_B"):
+                weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
+    is_exact(model)
+
+
+def is_exact(model: Decoder) -> None:
     requests = requests_of([*LENGTHS, 330], 40)
     groups = Sampler(model, max_batch=7, step_tokens=50).generate(requests, PARAMS)
     pack = [(request.prompt_ids, rollout) for request, group in zip(requests, groups, strict=True) for rollout in group]

@@ -1,0 +1,299 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) over the decoder's linear layers: y = W x + alpha / rank * B A x, with W frozen.
+
+The side path is computed as written, in one module that trainer and sampler share, so they see the same function (contract 1). The other
+way, a working copy W + alpha / rank * B A rewritten after each update, would hold every adapted weight twice, round small updates away in
+bfloat16, and cost the backward the full gradient of W, from which those of A and B would follow. Here the weights stand once; what is
+trained, with its gradient, float32 master and moments, is rank * (inputs + outputs) numbers a matrix; a step does two thirds of the
+arithmetic of full training; a forward does rank * (inputs + outputs) multiply-adds a token more, in two narrow products for each matrix.
+
+Checkpoints hold the merged weights, and beside them the adapter alone in the files of `peft` (see `write_adapter`). There is no dropout.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from bcr.model.decoder import Decoder
+from bcr.model.weights import FUSED, part_sizes, read_tensors, stored_tensors
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FOLDER = "adapter"  # in a checkpoint; beside a config.json `transformers` would take the merged weights for the adapter's base
+PEFT_PREFIX = "base_model.model.model."
+UNSUPPORTED = {  # of peft's config: values that change the function, and what they must be here
+    "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {},
+    "alpha_pattern": {}, "layers_to_transform": None, "lora_bias": False, "trainable_token_indices": None,
+}  # fmt: skip
+
+
+@dataclass
+class LoraConfig:
+    """What a run asks for: nothing, or new adapters of `rank` (alpha None: twice the rank; targets None: all seven), or those at `path`."""
+
+    rank: int | None = None
+    alpha: float | None = None
+    targets: list[str] | None = None
+    path: str | None = None  # a folder with an adapter in peft's files, which brings its own rank, alpha and targets
+
+    def adapter(self, base: str | None) -> Adapter | None:
+        """The adapter that is meant, if any; ValueError, with one sentence, for what cannot be. `base` names the model it belongs to."""
+        given = [name for name in ("rank", "alpha", "targets") if getattr(self, name) is not None]
+        if self.path is not None:
+            if given:
+                value = getattr(self, given[0])
+                raise ValueError(f"model.lora.{given[0]} is {value}; the adapter at model.lora.path brings its own: leave it out.")
+            return replace(read_adapter_config(Path(self.path)), base=base)
+        if self.rank is None:
+            if given:
+                raise ValueError(
+                    f"model.lora.{given[0]} is {getattr(self, given[0])}, but no adapter is asked for; give model.lora.rank too."
+                )
+            return None
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        targets = TARGETS if self.targets is None else tuple(self.targets)
+        if self.rank < 1:
+            raise ValueError(f"model.lora.rank is {self.rank}; it must be at least 1.")
+        if not alpha > 0:
+            raise ValueError(f"model.lora.alpha is {alpha}; it must be positive.")
+        if not targets or len({*targets}) < len(targets) or not {*targets} <= {*TARGETS}:
+            raise ValueError(f"model.lora.targets is {list(targets)}; it must name some of {', '.join(TARGETS)}, each once.")
+        return Adapter(self.rank, alpha, tuple(target for target in TARGETS if target in targets), base)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Sizes and scale of a model's adapters. `base`: the path or hub name of the model without them."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    base: str | None = None
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+class LoraLinear(nn.Linear):
+    """A frozen linear layer with adapters on spans of its outputs: one span for each part of a fused matrix that is a target.
+
+    lora_A[P*rank, inputs] and lora_B[outputs of the P spans, rank] hold the parts below one another.
+    """
+
+    def __init__(self, base: nn.Linear, spans: Mapping[str, tuple[int, int]], adapter: Adapter) -> None:
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.spans, self.scale, self.rank = dict(spans), adapter.scale, adapter.rank
+        rows = sum(stop - start for start, stop in spans.values())
+        self.lora_A = nn.Parameter(base.weight.new_zeros(len(spans) * adapter.rank, base.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(rows, adapter.rank))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _AdaptedLinear.apply(input, self.weight, self.bias, self.lora_A, self.lora_B, [*self.spans.values()], self.scale)
+
+    def parts(self) -> Iterator[tuple[str, tuple[int, int], Tensor, Tensor]]:
+        """(target, its span of the outputs, A[rank, inputs], B[outputs, rank]) of each adapted part; A and B are views."""
+        matrices = zip(self.lora_A.detach().split(self.rank), _split(self.lora_B.detach(), self.spans.values()), strict=True)
+        for (name, span), (down, up) in zip(self.spans.items(), matrices, strict=True):
+            yield name, span, down, up
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """W + scale * B A [outputs, inputs], computed in float32 (float64 where W is) and rounded once."""
+        wide = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32), copy=True)
+        for _, (start, stop), down, up in self.parts():
+            wide[start:stop].addmm_(up.to(wide.dtype), down.to(wide.dtype), alpha=self.scale)
+        return wide.to(self.weight.dtype)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """One product for W, one for all of A, and for each span one that is added in place; in the backward no gradient of W."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, spans: Sequence[tuple[int, int]], scale: float
+    ) -> Tensor:
+        out, inner = F.linear(x, weight, bias), F.linear(x, down)
+        for (start, stop), h, b in zip(spans, inner.chunk(len(spans), dim=1), _split(up, spans), strict=True):
+            out[:, start:stop].addmm_(h, b.t(), alpha=scale)
+        ctx.save_for_backward(x, weight, down, up, inner)
+        ctx.spans, ctx.scale = spans, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, down, up, inner = ctx.saved_tensors
+        inner_grad, up_grad = torch.empty_like(inner), torch.empty_like(up)
+        pieces = zip(
+            ctx.spans,
+            *(t.chunk(len(ctx.spans), dim=1) for t in (inner, inner_grad)),
+            *(_split(t, ctx.spans) for t in (up, up_grad)),
+            strict=True,
+        )
+        for (start, stop), h, h_grad, b, b_grad in pieces:
+            here = upstream[:, start:stop]
+            torch.mm(here, b, out=h_grad).mul_(ctx.scale)
+            torch.mm(here.t(), h, out=b_grad).mul_(ctx.scale)
+        x_grad = torch.mm(upstream, weight).addmm_(inner_grad, down) if ctx.needs_input_grad[0] else None
+        return x_grad, None, None, torch.mm(inner_grad.t(), x), up_grad, None, None
+
+
+def _split(stacked: Tensor, spans: Any) -> tuple[Tensor, ...]:
+    return stacked.split([stop - start for start, stop in spans])
+
+
+# ---- on a decoder -------------------------------------------------------------------------------------------------------------
+
+
+def attach(model: Decoder, adapter: Adapter) -> Decoder:
+    """Freeze the decoder and put adapters of zeros on its targets. ValueError for experts: peft's files have no place for theirs."""
+    if model.config.num_experts and {*adapter.targets} & {*TARGETS[4:]}:
+        raise ValueError(
+            f"model.lora.targets is {list(adapter.targets)}; of a mixture of experts only {', '.join(TARGETS[:4])} can be adapted."
+        )
+    model.requires_grad_(False)
+    for path, linear in [*model.layers.named_modules()]:
+        owner, _, name = path.rpartition(".")
+        spans = _spans(model, name, linear, adapter.targets)
+        if spans:
+            setattr(model.layers.get_submodule(owner), name, LoraLinear(linear, spans, adapter))
+    model.adapter = adapter
+    return model
+
+
+def _spans(model: Decoder, name: str, linear: nn.Module, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Where the targets that this layer holds lie among its outputs."""
+    spans, start = {}, 0
+    names = FUSED.get(name, (name,))
+    if not {*names} & {*targets}:
+        return {}
+    assert isinstance(linear, nn.Linear)
+    for part, size in zip(names, part_sizes(name, linear.out_features, model.config), strict=True):
+        if part in targets:
+            spans[part] = (start, start + size)
+        start += size
+    return spans
+
+
+@torch.no_grad()
+def initialise(model: Decoder, seed: int) -> Decoder:
+    """A uniform in +-1 / sqrt(inputs), B zero (as in peft): the model starts as its base."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in _adapted(model).values():
+        bound = 1 / math.sqrt(layer.in_features)
+        layer.lora_A.copy_((2 * torch.rand(layer.lora_A.shape, generator=generator) - 1) * bound)
+        layer.lora_B.zero_()
+    return model
+
+
+def adapt(model: Decoder, config: LoraConfig, base: str | None, seed: int) -> Decoder:
+    """Attach the adapter that `config` asks for, if any: read from its `path`, or else new. ValueError where it does not fit."""
+    adapter = config.adapter(base)
+    if adapter is None:
+        return model
+    attach(model, adapter)
+    if config.path is None:
+        return initialise(model, seed)
+    load_adapter(model, Path(config.path))
+    return model
+
+
+def merged_state(model: Decoder) -> dict[str, Tensor]:
+    """The state dict of a plain decoder that computes the same."""
+    layers = _adapted(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
+    return {**state, **{f"{name}.weight": layer.merged() for name, layer in layers.items()}}
+
+
+def empty_twin(model: Decoder) -> Decoder:
+    """A decoder of the same shape, adapters included, on the meta device."""
+    with torch.device("meta"):
+        twin = Decoder(model.config)
+        return twin if model.adapter is None else attach(twin, model.adapter)
+
+
+def _adapted(model: Decoder) -> dict[str, LoraLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+# ---- in peft's files ----------------------------------------------------------------------------------------------------------
+
+
+def under_peft_names(model: Decoder) -> dict[str, Tensor]:
+    """Views of the adapters: what is written to a view is in the model."""
+    views = {}
+    for name, layer in _adapted(model).items():
+        owner = name.rpartition(".")[0]
+        for target, _, down, up in layer.parts():
+            views[f"{PEFT_PREFIX}{owner}.{target}.lora_A.weight"] = down
+            views[f"{PEFT_PREFIX}{owner}.{target}.lora_B.weight"] = up
+    return views
+
+
+def write_adapter(model: Decoder, folder: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained(base, folder)`. OSError if the disk is full."""
+    assert model.adapter is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model.adapter.base,
+        "r": model.adapter.rank,
+        "lora_alpha": model.adapter.alpha,
+        "target_modules": list(model.adapter.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
+    save_file({name: view.cpu().clone() for name, view in under_peft_names(model).items()}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def read_adapter_config(folder: Path) -> Adapter:
+    """ValueError, with one sentence, for a folder without an adapter, and for what this decoder cannot do."""
+    file = folder / CONFIG
+    if not file.exists():
+        raise ValueError(f"model.lora.path is {str(folder)!r}; there is no {CONFIG}.")
+    if not (folder / WEIGHTS).exists():
+        raise ValueError(f"{folder}: there is no {WEIGHTS}; pickled adapters are refused, for unpickling runs code.")
+    try:
+        raw = json.loads(file.read_text())
+        kind, rank, alpha = raw.get("peft_type"), raw.get("r"), raw.get("lora_alpha")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is no JSON object ({error}).") from error
+    if kind != "LORA" or not isinstance(rank, int) or not isinstance(alpha, int | float):
+        raise ValueError(f"{file}: peft_type is {kind!r}, r {rank!r}, lora_alpha {alpha!r}; it must be LORA with two numbers.")
+    for name, plain in UNSUPPORTED.items():
+        if raw.get(name, plain) not in (plain, None):
+            raise ValueError(f"{file}: {name} is {raw[name]!r}; only adapters with {name} = {plain!r} are supported.")
+    found = {name.split(".")[-3] for name in stored_tensors(folder, WEIGHTS)}
+    if unknown := sorted(found - {*TARGETS}):
+        raise ValueError(f"{folder}: {WEIGHTS} adapts {', '.join(unknown)}; supported are {', '.join(TARGETS)}.")
+    return Adapter(rank, float(alpha), tuple(target for target in TARGETS if target in found))
+
+
+def load_adapter(model: Decoder, folder: Path) -> None:
+    """Copy the tensors of an adapter into those attached. ValueError where names or shapes differ."""
+    places = under_peft_names(model)
+    stored = stored_tensors(folder, WEIGHTS)
+    for name in sorted(places.keys() | stored.keys()):
+        if name not in stored or name not in places:
+            raise ValueError(
+                f"{folder}: the tensor {name!r} is {'missing' if name in places else 'one for which this model has no place'}."
+            )
+        if stored[name][0] != tuple(places[name].shape):
+            raise ValueError(f"{folder}: {name!r} has shape {stored[name][0]}; the model calls for {tuple(places[name].shape)}.")
+    for name, tensor in read_tensors(folder / WEIGHTS, list(stored)):
+        places[name].copy_(tensor)
