@@ -29,7 +29,7 @@ class Batch:
         if [draft.blocks for draft in live] != self.blocks:
             self.blocks = [list(draft.blocks) for draft in live]
             width = max(map(len, self.blocks), default=1)
-            self.table = self._upload([row + [0] * (width - len(row)) for row in self.blocks], torch.int32).view(len(live), width)
+            self.table = upload([row + [0] * (width - len(row)) for row in self.blocks], torch.int32, self.device).view(len(live), width)
 
     def advance(self, tokens: Tensor) -> None:
         """After a step: the sampled token is the next input."""
@@ -40,16 +40,21 @@ class Batch:
     def _replace(self, live: list[Draft]) -> None:
         before = {id(draft): row for row, draft in enumerate(self.drafts)}
         rows = [before.get(id(draft), -1) for draft in live]
-        fresh = self._upload([[*draft.request.prompt_ids[-1:], *draft.token_ids[-1:]][-1] for draft in live])
+        fresh = self._ids([[*draft.request.prompt_ids[-1:], *draft.token_ids[-1:]][-1] for draft in live])
         if self.drafts:
-            source = self._upload(rows)
+            source = self._ids(rows)
             fresh = torch.where(source >= 0, self.token[source], fresh)
         self.token = fresh
-        self.position = self._upload([draft.cached - 1 for draft in live])
-        self.generated = self.position - self._upload([len(draft.request.prompt_ids) - 1 for draft in live])
-        self.key = self._upload([draft.key for draft in live])
+        self.position = self._ids([draft.cached - 1 for draft in live])
+        self.generated = self.position - self._ids([len(draft.request.prompt_ids) - 1 for draft in live])
+        self.key = self._ids([draft.key for draft in live])
         self.drafts = live
 
-    def _upload(self, values: Sequence[object], dtype: torch.dtype = torch.int64) -> Tensor:
-        held = torch.tensor(values, dtype=dtype)
-        return held if self.device.type == "cpu" else held.pin_memory().to(self.device, non_blocking=True)
+    def _ids(self, values: Sequence[int]) -> Tensor:
+        return upload(values, torch.int64, self.device)
+
+
+def upload(values: Sequence[object] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host values on the device, without waiting for it: the copy is from pinned memory, which torch keeps until it is done."""
+    held = torch.as_tensor(values, dtype=dtype)
+    return held if device.type == "cpu" else held.pin_memory().to(device, non_blocking=True)

@@ -4,34 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from bcr.model import Decoder
 from bcr.model.row_attention import readable
 from bcr.records import Request, Rollout
-from bcr.sampler.attention import CachedAttention
-from bcr.sampler.batch import Batch
 from bcr.sampler.blocks import BlockAllocator
 from bcr.sampler.checks import check_requests
+from bcr.sampler.graphs import CudaCapture, eager
 from bcr.sampler.invariance import check_invariance
 from bcr.sampler.kv_cache import KVCache
-from bcr.sampler.runner import forward
-from bcr.sampler.sampling import SamplingParams, row_key, sample
+from bcr.sampler.paged_runner import PagedRunner
+from bcr.sampler.runner import HostRunner, Step
+from bcr.sampler.sampling import SamplingParams, row_key
 from bcr.sampler.scheduler import Draft, Family, Plan, Scheduler
 from bcr.sampler.stopping import Stopping
 
-
-@dataclass(frozen=True)
-class Step:
-    """A step under way: tokens[R] and logprobs[R] of `drafts`, perhaps not yet computed."""
-
-    drafts: list[Draft]
-    tokens: Tensor
-    logprobs: Tensor
+Runner = Callable[[Plan], Step]
+PAGE = 64  # tokens in a block of the paged path
 
 
 class Sampler:
@@ -40,9 +33,11 @@ class Sampler:
     At most `max_batch` rollouts decode at once, fewer where `cache_mb` does not hold them. `step_tokens` bounds the tokens of one forward
     pass: prompts are prefilled in chunks beside the decoding rows. Rows of a pass are filled up to a multiple of `row_block`, with which
     a row's numbers do not depend on the rest of the batch (contract 9; the thread count must stay the same too).
-    `block_size` is the number of tokens in a block of the cache; None: a block holds a whole request and is read in place.
-    `lag`: how many steps the host runs ahead of the tokens it has read. On a CPU rollouts do not depend on their company to the last bit;
-    the machine is asked whether that holds on it, and where not, `invariant` True raises ValueError, None warns, False is content.
+    `block_size` is the number of tokens in a block of the cache; None: on a CPU a block holds a whole request and is read in place.
+    `lag`: how many steps the host runs ahead of the tokens it has read; None: 0 on a CPU, 1 on CUDA. `paged`: whether steps go through
+    the paged kernels (`paged_runner.py`, which takes `paged_options`); None: on CUDA.
+    On a CPU rollouts do not depend on their company to the last bit; the machine is asked whether that holds on it, and where not,
+    `invariant` True raises ValueError, None warns, False is content.
     """
 
     def __init__(
@@ -54,8 +49,10 @@ class Sampler:
         cache_mb: int = 2048,
         step_tokens: int = 1024,
         block_size: int | None = None,
-        lag: int = 0,
+        lag: int | None = None,
         invariant: bool | None = None,
+        paged: bool | None = None,
+        paged_options: Mapping[str, Any] | None = None,
     ) -> None:
         if row_block < 8:
             raise ValueError(f"row_block is {row_block}; below 8 rows a matrix product takes another path and rows would differ.")
@@ -65,12 +62,17 @@ class Sampler:
         if step_tokens <= max_batch:
             raise ValueError(f"step_tokens is {step_tokens}; it must exceed max_batch = {max_batch}, or no prompt would ever be prefilled.")
         self.model, self.max_batch, self.row_block, self.cache_mb = model, max_batch, row_block, cache_mb
-        self.step_tokens, self.block_size, self.lag = step_tokens, block_size, lag
-        self.policy_version = 0
         on_cpu = model.embed_tokens.weight.device.type == "cpu"
+        self.paged = not on_cpu if paged is None else paged
+        self.block_size = PAGE if self.paged and block_size is None else block_size
+        self.step_tokens, self.lag = step_tokens, (0 if on_cpu else 1) if lag is None else lag
+        captured = not on_cpu and model.config.num_experts == 0  # the choice of experts makes the host wait
+        self.paged_options = {"capture": CudaCapture() if captured else eager, **(paged_options or {})}
+        self._paged_runner: PagedRunner | None = None
+        self.policy_version = 0
         if invariant and not on_cpu:
             raise ValueError("sampling.invariant is true; the guarantee is given on a CPU only, so far.")
-        self.invariant, self._to_check = invariant, on_cpu and invariant is not False
+        self.invariant, self._to_check = invariant, on_cpu and not self.paged and invariant is not False
         self._cache: KVCache | None = None
 
     def on_weights_changed(self) -> None:
@@ -79,7 +81,7 @@ class Sampler:
 
     def release_cache(self) -> None:
         """Give the cache's memory back, for example to the learner; the next `generate` takes it again."""
-        self._cache = None
+        self._cache = self._paged_runner = None
 
     @torch.inference_mode()
     def generate(
@@ -104,8 +106,9 @@ class Sampler:
         cache = self._cache_for(requests, params.n)
         families = [Family(request.prompt_ids, deque(group)) for request, group in zip(requests, drafts, strict=True)]
         allocator = BlockAllocator(cache.blocks, cache.block_size)
-        scheduler = Scheduler(families, allocator, max_rows=self._rows(cache, params.n), step_tokens=self.step_tokens)
-        batch, underway = Batch(self.model.embed_tokens.weight.device), deque[Step]()
+        limits = {"max_rows": self._rows(cache, params.n), "step_tokens": self.step_tokens}
+        scheduler = Scheduler(families, allocator, **limits, in_place=not self.paged)
+        runner, underway = self._runner(cache, params), deque[Step]()
         rollouts: dict[Draft, Rollout] = {}
 
         def collect(lag: int) -> None:
@@ -113,7 +116,7 @@ class Sampler:
             before = len(rollouts)
             while len(underway) > lag:
                 step = underway.popleft()
-                for draft, token, logprob in zip(step.drafts, step.tokens.tolist(), step.logprobs.tolist(), strict=True):
+                for draft, token, logprob in zip(step.drafts, *step.read(), strict=True):
                     if draft in rollouts:
                         continue  # it had ended when this step began
                     draft.token_ids.append(token)
@@ -128,18 +131,20 @@ class Sampler:
             plan = scheduler.schedule(drain=lambda: collect(0))
             idle = not plan.live and not plan.chunks
             if not idle:
-                underway.append(self._step(plan, batch, cache, params))
+                underway.append(self._step(plan, runner))
             collect(0 if idle else self.lag)
         return [[rollouts[draft] for draft in group] for group in drafts]
 
-    def _step(self, plan: Plan, batch: Batch, cache: KVCache, params: SamplingParams) -> Step:
-        cache.copy(plan.forks)
-        cache.copy(plan.moves)
-        batch.settle(plan.live)
-        logits = forward(self.model, batch, plan.chunks, CachedAttention(cache, batch, plan.chunks), self.row_block)
-        tokens, logprobs = sample(logits, params, batch.key, batch.generated)
-        batch.advance(tokens)
-        return Step(plan.live, tokens, logprobs)
+    def _step(self, plan: Plan, runner: Runner) -> Step:
+        return runner(plan)
+
+    def _runner(self, cache: KVCache, params: SamplingParams) -> Runner:
+        if not self.paged:
+            return HostRunner(self.model, cache, params, self.row_block)
+        if self._paged_runner is None or self._paged_runner.cache is not cache:
+            self._paged_runner = PagedRunner(self.model, cache, self.max_batch, **self.paged_options)
+        self._paged_runner.begin(params)
+        return self._paged_runner
 
     def _check_machine(self) -> None:
         if self._to_check:
@@ -172,6 +177,6 @@ class Sampler:
         blocks = min(wanted, affordable)
         held = self._cache
         if held is None or held.blocks < blocks or (held.block_size < size if self.block_size is None else held.block_size != size):
-            self._cache = None  # give the old one back before taking the new one
-            self._cache = held = KVCache(self.model.config, blocks, size, weight.dtype, weight.device)
+            self.release_cache()  # give the old one back before taking the new one
+            self._cache = held = KVCache(self.model.config, blocks, size, weight.dtype, weight.device, token_major=self.paged)
         return held

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bcr.model import DecoderConfig
+from bcr.sampler.batch import upload
 
 
 class KVCache:
@@ -20,11 +21,11 @@ class KVCache:
     def __init__(
         self, config: DecoderConfig, blocks: int, block_size: int, dtype: torch.dtype, device: torch.device, *, token_major: bool = False
     ) -> None:
-        self.blocks, self.block_size, self.token_major = blocks, block_size, token_major
+        self.blocks, self.block_size, self.token_major, self.device = blocks, block_size, token_major, device
         heads, size = config.num_key_value_heads, config.head_dim
         shape = (blocks, block_size, heads, size) if token_major else (blocks, heads, block_size, size)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.memory = torch.zeros(2, config.num_hidden_layers, *shape, dtype=dtype, device=device)
+        self.keys, self.values = (list(half.unbind(0)) for half in self.memory)
 
     @staticmethod
     def bytes_per_block(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -39,9 +40,7 @@ class KVCache:
         """Copy (source, target, tokens) of blocks; no target is a source. As many tokens of each as of the longest."""
         if not copies:
             return
-        device = self.keys[0].device
-        sources, targets, lengths = zip(*copies, strict=True)
-        source_ids, target_ids = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
-        for cached in (*self.keys, *self.values):
-            part = cached[:, : max(lengths)] if self.token_major else cached[:, :, : max(lengths)]
-            part[target_ids] = part[source_ids]
+        longest = max(count for _, _, count in copies)
+        part = self.memory[:, :, :, :longest] if self.token_major else self.memory[:, :, :, :, :longest]
+        sources, targets = upload([copy[:2] for copy in copies], torch.int64, self.device).t()
+        part.index_copy_(2, targets, part.index_select(2, sources))

@@ -121,12 +121,16 @@ MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def keyed_uniform(keys: Tensor, positions: Tensor) -> Tensor:
-    """Uniform float64 in [0,1) for each (key, position): splitmix64 (Steele, Lea, Flood 2014) in wrapping int64 arithmetic."""
+    """Uniform float64 in [0,1) for each (key, position)."""
+    return shift_right(keyed_bits(keys, positions), 11).double() * 2.0**-53
+
+
+def keyed_bits(keys: Tensor, positions: Tensor) -> Tensor:
+    """64 random bits, int64, for each (key, position): splitmix64 (Steele, Lea, Flood 2014) in wrapping int64 arithmetic."""
     x = keys + (positions + 1) * GOLDEN
     x = (x ^ shift_right(x, 30)) * MIX_1
     x = (x ^ shift_right(x, 27)) * MIX_2
-    x = x ^ shift_right(x, 31)
-    return shift_right(x, 11).double() * 2.0**-53
+    return x ^ shift_right(x, 31)
 
 
 def shift_right(x: Tensor, bits: int) -> Tensor:

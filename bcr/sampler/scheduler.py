@@ -78,14 +78,18 @@ class Plan:
 class Scheduler:
     """At most `max_rows` drafts decode at once and at most `step_tokens` tokens go through the model in a step, decoding ones first.
 
-    Requests with the largest budgets start first, which shortens the tail in which few rows are left.
+    Requests with the largest budgets start first, which shortens the tail in which few rows are left. `in_place`: where a block holds a
+    whole request, keep those in use together, for a path that reads them as one piece.
     """
 
-    def __init__(self, families: Sequence[Family], allocator: BlockAllocator, *, max_rows: int, step_tokens: int) -> None:
+    def __init__(
+        self, families: Sequence[Family], allocator: BlockAllocator, *, max_rows: int, step_tokens: int, in_place: bool = True
+    ) -> None:
         by_budget = sorted(families, key=lambda family: -family.waiting[0].request.max_new_tokens)
         self.queue = deque(by_budget)
         self.allocator, self.max_rows, self.step_tokens = allocator, max_rows, step_tokens
-        self.in_place = all(allocator.needed(len(f.prompt_ids) + f.waiting[0].request.max_new_tokens) == 1 for f in families)
+        longest = max(len(family.prompt_ids) + family.waiting[0].request.max_new_tokens for family in families)
+        self.in_place = in_place and allocator.needed(longest) == 1
         self.live: list[Draft] = []
         self.preemptions = 0
 
@@ -160,7 +164,7 @@ class Scheduler:
     def _grow(self, drain: Callable[[], None]) -> None:
         """Room for one more token of every live draft; the youngest make room where blocks run out."""
         for draft in list(self.live):
-            while not draft.spent and draft in self.live and self.allocator.needed(draft.cached + 1) > len(draft.blocks):
+            while self.allocator.needed(draft.cached + 1) > len(draft.blocks) and not draft.spent and draft in self.live:
                 block = self.allocator.allocate(1)
                 if block is not None:
                     draft.blocks += block

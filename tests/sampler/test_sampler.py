@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bcr.model import Decoder, save_pretrained
 from bcr.model.attention import PackedAttention
-from bcr.sampler import Request, Rollout, Sampler, SamplingParams, engine, invariance
+from bcr.sampler import Request, Rollout, Sampler, SamplingParams, invariance, runner
 from bcr.sampler.batch import Batch
 from bcr.sampler.kv_cache import KVCache
 from bcr.sampler.scheduler import Chunk
@@ -209,8 +209,8 @@ def watch_steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[Chunk]]
         steps.append((len(batch.drafts), chunks))
         return forward(model, batch, chunks, *rest)
 
-    forward = engine.forward
-    monkeypatch.setattr(engine, "forward", watched)
+    forward = runner.forward
+    monkeypatch.setattr(runner, "forward", watched)
     return steps
 
 
