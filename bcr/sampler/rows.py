@@ -80,7 +80,7 @@ class Rows:
         return [token, draft.cached - 1, first, first + draft.request.max_new_tokens - 1, draft.key, 1]
 
     def _write(self, changes: list[list[int]]) -> None:
-        """[row, source or -1, *fields] each: copied from row `source`, where the device knows more than the host, or else set to the fields."""
+        """[row, source or -1, *fields] each: copied from row `source`, of which the device knows most, or else set to the fields."""
         row, source, *_ = sent = upload(changes, torch.int64, self.device).t()
         self.state[:, row] = torch.where(source >= 0, self.state[:, source.clamp(min=0)], sent[2:])
 
