@@ -20,7 +20,7 @@ from bcr.runtime.schema import BundleConfig, DataConfig, DialectConfig, GradingC
 from bcr.sampler import Sampler, SamplingParams
 from bcr.tasks.arithmetic import ArithmeticDialect, ArithmeticProblems
 from bcr.tasks.arrangement import ArrangedBundles
-from bcr.tasks.bundles import Budget, BundleStream, Problems, longest_prompt
+from bcr.tasks.bundles import Budget, BundleStream, Problems, SeparateContexts, Stream, longest_prompt
 from bcr.tasks.chat import read_chat_template
 from bcr.tasks.contamination import Overlap, overlaps
 from bcr.tasks.dialect import Dialect
@@ -134,15 +134,18 @@ def decontaminated(data: DataConfig) -> tuple[list[Problem], list[Overlap]]:
     return kept, list(excluded.values())
 
 
-def build_bundles(
-    task: Task, settings: BundleConfig, sizes: Mapping[int, float], budget: Budget, seed: int
-) -> BundleStream | ArrangedBundles:
-    """The stream of bundles that `bundles.arrangement` and `bundles.count` ask for."""
+def build_bundles(task: Task, settings: BundleConfig, sizes: Mapping[int, float], budget: Budget, seed: int) -> Stream:
+    """The stream of bundles that `bundles.arrangement`, `bundles.count` and `bundles.contexts` ask for."""
+    if settings.contexts not in ("shared", "separate"):
+        raise ValueError(f"bundles.contexts is {settings.contexts!r}; it must be 'shared' or 'separate'.")
+    bundles: Stream
     if settings.arrangement == "mixed" and settings.count is None:
-        return BundleStream(task.problems, task.dialect, sizes, budget, seed)
-    if task.finite is None:
+        bundles = BundleStream(task.problems, task.dialect, sizes, budget, seed)
+    elif task.finite is None:
         raise ValueError("bundles.arrangement and bundles.count need a data set; the embedded world has no end to arrange.")
-    return ArrangedBundles(task.finite, task.dialect, sizes, budget, settings.arrangement, settings.count, seed)
+    else:
+        bundles = ArrangedBundles(task.finite, task.dialect, sizes, budget, settings.arrangement, settings.count, seed)
+    return SeparateContexts(bundles, task.dialect) if settings.contexts == "separate" else bundles
 
 
 def check_context(task: Task, sizes: Iterable[int], budget: Budget, problems: Sequence[Problem] | None = None) -> None:

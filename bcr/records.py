@@ -23,12 +23,16 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """N problems in one prompt; `budget` is the number of new tokens that the N answers share."""
+    """N problems in one prompt; `budget` is the number of new tokens that the N answers share.
+
+    `prompts`, where given, has a prompt for each problem: each is asked in a context of its own, in turn, and `prompt_ids` is not used.
+    """
 
     id: str
     problems: tuple[Problem, ...]
     prompt_ids: list[int]
     budget: int
+    prompts: list[list[int]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ class Rollout:
 
     `logprobs` are float32 log-probs of `token_ids` under the full vocabulary at the sampling temperature.
     `finish` is "stop" when the last token is a stop token (it is included), "length" when the cap ended it.
+    `contexts`, where given: the completion is that of N contexts end to end, with so many tokens of each problem in its own; 0 for one
+    that found no budget left.
     """
 
     request_id: str
@@ -53,6 +59,7 @@ class Rollout:
     logprobs: list[float]
     finish: Literal["stop", "length"]
     policy_version: int
+    contexts: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

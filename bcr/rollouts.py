@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 from bcr.records import Bundle, Problem, Rollout
 from bcr.sampler import Sampler, SamplingParams
-from bcr.tasks.bundles import as_request
-
-
-class Bundles(Protocol):
-    """A stream of bundles whose state is its cursors."""
-
-    def take(self, count: int) -> list[Bundle]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
+from bcr.separate_contexts import sample_chains
+from bcr.tasks.bundles import Stream, as_request
 
 Batch = tuple[list[Bundle], list[list[Rollout]]]
 
@@ -30,7 +22,7 @@ class RolloutStream:
     would that works beside the learner. Its state: the cursors of the bundles, the policy version, the batches that wait.
     """
 
-    def __init__(self, bundles: Bundles, sampler: Sampler, params: SamplingParams, per_step: int, staleness: int = 0) -> None:
+    def __init__(self, bundles: Stream, sampler: Sampler, params: SamplingParams, per_step: int, staleness: int = 0) -> None:
         self.bundles, self.sampler, self.params, self.per_step, self.staleness = bundles, sampler, params, per_step, staleness
         self.waiting: deque[Batch] = deque()
 
@@ -42,7 +34,7 @@ class RolloutStream:
     def sample(self, count: int) -> Batch:
         """The next `count` bundles, sampled now."""
         bundles = self.bundles.take(count)
-        return bundles, self.sampler.generate([as_request(bundle) for bundle in bundles], self.params)
+        return bundles, sample_bundles(self.sampler, bundles, self.params)
 
     def names(self, bundles: Sequence[Bundle], indices: Sequence[int]) -> list[dict[str, Any]]:
         """Bundle and sample of rollouts counted through the whole batch."""
@@ -56,6 +48,13 @@ class RolloutStream:
         self.bundles.load_state_dict(state["bundles"])
         self.sampler.policy_version = state["policy_version"]
         self.waiting = deque(as_batch(plain) for plain in state["waiting"])
+
+
+def sample_bundles(sampler: Sampler, bundles: Sequence[Bundle], params: SamplingParams) -> list[list[Rollout]]:
+    """`params.n` rollouts of each bundle: in one context, or in one for each problem where the bundles are made so."""
+    if bundles and bundles[0].prompts is not None:
+        return sample_chains(sampler, bundles, params)
+    return sampler.generate([as_request(bundle) for bundle in bundles], params)
 
 
 def as_plain(batch: Batch) -> dict[str, Any]:

@@ -76,6 +76,8 @@ def prepare(config: TrainConfig) -> Run:
         raise ValueError(f"bundles.resample_rounds is {config.bundles.resample_rounds}; it must not be negative.")
     if config.bundles.resample_rounds and config.off_policy.staleness:
         raise ValueError("bundles.resample_rounds replaces groups by fresh ones, which off_policy.staleness forbids; set one of them to 0.")
+    if config.bundles.contexts == "separate" and config.loss.kind == "gspo":
+        raise ValueError("loss.kind is 'gspo', whose ratio is that of one context; with bundles.contexts=separate choose clip or cispo.")
     if config.bundles.group < 2:
         raise ValueError(f"bundles.group is {config.bundles.group}; a group needs 2 rollouts or more to be compared.")
     if not config.sampling.temperature > 0:
@@ -205,6 +207,7 @@ def title(config: TrainConfig) -> str:
     sizes = ", ".join(map(str, config.bundles.sizes))
     batch = f"{config.bundles.per_step} bundles x {config.bundles.group} rollouts"
     budget = f"{config.bundles.budget} shared" if config.bundles.budget else f"{config.bundles.budget_per_problem} a problem"
+    budget += " by separate contexts" if config.bundles.contexts == "separate" else ""
     reward = "" if config.reward.kind == "accuracy" else f", {config.reward.kind} reward"
     return f"{what}: N = {sizes}, budget {budget}, {batch}, {config.advantage.scope} credit{reward}"
 

@@ -15,10 +15,17 @@ def make_examples(groups: Sequence[Sequence[Judged]], advantage: AdvantageConfig
     rewards = [group_rewards(group, reward) for group in groups]
     advantages = batch_advantages(rewards, [[judged.segments for judged in group] for group in groups], advantage)
     return [
-        Example(judged.bundle.prompt_ids, judged.rollout.token_ids, judged.rollout.logprobs, judged.segments, row)
-        for group, rows in zip(groups, advantages, strict=True)
-        for judged, row in zip(group, rows, strict=True)
+        make_example(judged, row) for group, rows in zip(groups, advantages, strict=True) for judged, row in zip(group, rows, strict=True)
     ]
+
+
+def make_example(judged: Judged, advantages: Sequence[float]) -> Example:
+    bundle, rollout = judged.bundle, judged.rollout
+    contexts = None
+    if rollout.contexts is not None:
+        assert bundle.prompts is not None
+        contexts = [(prompt, length) for prompt, length in zip(bundle.prompts, rollout.contexts, strict=True) if length]
+    return Example(bundle.prompt_ids, rollout.token_ids, rollout.logprobs, judged.segments, advantages, contexts=contexts)
 
 
 def differs_in_accuracy(group: Sequence[Judged], advantage: AdvantageConfig) -> bool:

@@ -20,6 +20,8 @@ class Example:
     """One rollout as the learner sees it; `advantages` has one number for each segment.
 
     `logprobs` are the sampler's. Where the learner has computed its own before the updates, or those of a reference, they are here too.
+    `contexts`, where the completion was sampled in several: the prompt of each and how many of the completion's tokens are its own. Such a
+    rollout is one sequence for each context to the model, and one rollout to the loss.
     """
 
     prompt_ids: Sequence[int]
@@ -29,11 +31,19 @@ class Example:
     advantages: Sequence[float]
     learner_logprobs: Sequence[float] | None = None
     reference_logprobs: Sequence[float] | None = None
+    contexts: Sequence[tuple[Sequence[int], int]] | None = None
+
+    @property
+    def sequences(self) -> list[tuple[Sequence[int], int, int]]:
+        """(prompt, start, stop) of each context: completion tokens start <= t < stop follow that prompt."""
+        contexts = [(self.prompt_ids, len(self.token_ids))] if self.contexts is None else self.contexts
+        stops = itertools.accumulate(length for _, length in contexts)
+        return [(prompt, stop - length, stop) for (prompt, length), stop in zip(contexts, stops, strict=True)]
 
     @property
     def length(self) -> int:
-        """Places in a pack: every token but the last is an input."""
-        return len(self.prompt_ids) + len(self.token_ids) - 1
+        """Places in a pack: every token but the last of a sequence is an input."""
+        return sum(len(prompt) + stop - start - 1 for prompt, start, stop in self.sequences)
 
     @property
     def has_signal(self) -> bool:
@@ -77,46 +87,56 @@ def make_pack(
     dtype: torch.dtype = torch.float32,
 ) -> Pack:
     """Lay the examples end to end; `dtype` is that of the log-probs, weights and advantages."""
-    inputs, positions, targets, segment_ids, sequence_ids, problem_ids = (list[int]() for _ in range(6))
-    old_logprobs, advantages = list[float](), list[float]()
+    inputs, positions, targets, segment_ids, sequence_ids, problem_ids, lengths = (list[int]() for _ in range(7))
+    advantages = list[float]()
     problems_before = 0
-    for sequence, example in enumerate(examples):
-        silent = len(example.prompt_ids) - 1
-        inputs += [*example.prompt_ids, *example.token_ids[:-1]]
-        positions += range(example.length)
-        targets += [IGNORED] * silent + [*example.token_ids]
-        old_logprobs += [0.0] * silent + [*(example.logprobs if example.learner_logprobs is None else example.learner_logprobs)]
-        sequence_ids += [sequence] * example.length
-        segment_ids += [-1] * silent
-        problem_ids += [-1] * silent
+    for rollout, example in enumerate(examples):
         number = {problem: problems_before + k for k, problem in enumerate(sorted({segment.problem for segment in example.segments}))}
         problems_before += len(number)
+        segment_of, problem_of = list[int](), list[int]()  # completion tokens
         for segment, advantage in zip(example.segments, example.advantages, strict=True):
             length = segment.stop - segment.start
-            segment_ids += [len(advantages)] * length
-            problem_ids += [number[segment.problem]] * length
+            segment_of += [len(advantages)] * length
+            problem_of += [number[segment.problem]] * length
             advantages.append(advantage)
+        for prompt, start, stop in example.sequences:
+            silent = len(prompt) - 1
+            lengths.append(silent + stop - start)
+            inputs += [*prompt, *example.token_ids[start : stop - 1]]
+            positions += range(lengths[-1])
+            targets += [IGNORED] * silent + [*example.token_ids[start:stop]]
+            segment_ids += [-1] * silent + segment_of[start:stop]
+            problem_ids += [-1] * silent + problem_of[start:stop]
+            sequence_ids += [rollout] * lengths[-1]
 
     def integers(column: list[int]) -> Tensor:
         return torch.tensor(column, dtype=torch.int64, device=device)
 
-    def aligned(rows: list[Sequence[float] | None]) -> Tensor | None:
-        """Values of completion tokens [T], 0 in prompts; None where the examples have none."""
-        columns = [[0.0] * (len(example.prompt_ids) - 1) + [*row] for example, row in zip(examples, rows, strict=True) if row is not None]
-        return torch.tensor(list(itertools.chain.from_iterable(columns)), dtype=dtype, device=device) if columns else None
+    def aligned(rows: Sequence[Sequence[float]]) -> Tensor:
+        """Values of completion tokens [T], 0 in prompts."""
+        column = [
+            value
+            for example, row in zip(examples, rows, strict=True)
+            for prompt, start, stop in example.sequences
+            for value in ([0.0] * (len(prompt) - 1) + [*row[start:stop]])
+        ]
+        return torch.tensor(column, dtype=dtype, device=device)
 
+    own = [example.learner_logprobs for example in examples if example.learner_logprobs is not None]
+    reference = [example.reference_logprobs for example in examples if example.reference_logprobs is not None]
+    sampled = [example.logprobs for example in examples]
     segments = integers(segment_ids)
     return Pack(
         input_ids=integers(inputs),
         position_ids=integers(positions),
-        lengths=[example.length for example in examples],
+        lengths=lengths,
         targets=integers(targets),
-        old_logprobs=torch.tensor(old_logprobs, dtype=dtype, device=device),
+        old_logprobs=aligned(own or sampled),
         segment_ids=segments,
         advantages=torch.tensor(advantages, dtype=dtype, device=device),
         weights=token_weights(loss, total, segments, integers(sequence_ids), integers(problem_ids), dtype),
-        behaviour_logprobs=aligned([None if example.learner_logprobs is None else example.logprobs for example in examples]),
-        reference_logprobs=aligned([example.reference_logprobs for example in examples]),
+        behaviour_logprobs=aligned(sampled) if own else None,
+        reference_logprobs=aligned(reference) if reference else None,
     )
 
 

@@ -70,6 +70,7 @@ class BundleConfig:
     shares: list[float] | None = None
     budget: int | None = None
     budget_per_problem: int | None = None
+    contexts: str = "shared"
     arrangement: str = "mixed"
     count: int | None = None
     per_step: int = 12

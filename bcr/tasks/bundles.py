@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from bcr.records import Bundle, Problem, Request
 from bcr.tasks.dialect import Dialect
@@ -90,6 +90,33 @@ class BundleStream:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.bundles_made, self.problems_consumed = state["bundles_made"], state["problems_consumed"]
+
+
+class Stream(Protocol):
+    """Bundles one after the other, with cursors as their state."""
+
+    def take(self, count: int) -> list[Bundle]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class SeparateContexts:
+    """The same bundles, but each problem is asked in a context of its own; the budget stays shared. Its state is that of the stream."""
+
+    def __init__(self, bundles: Stream, dialect: Dialect) -> None:
+        self.bundles, self.dialect = bundles, dialect
+
+    def take(self, count: int) -> list[Bundle]:
+        return [
+            replace(bundle, prompts=[self.dialect.prompt_ids([problem]) for problem in bundle.problems])
+            for bundle in self.bundles.take(count)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.bundles.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.bundles.load_state_dict(state)
 
 
 def make_bundle(id: str, problems: Sequence[Problem], dialect: Dialect, budget: Budget) -> Bundle:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bcr.records import Bundle, Rollout, Segment, Verdict
-from bcr.tasks.dialect import Dialect
+from bcr.tasks.dialect import Dialect, Finish, Reading
 
 
 class Grader(Protocol):
@@ -47,7 +47,7 @@ class Judged:
 def judge(bundles: Sequence[Bundle], groups: Sequence[Sequence[Rollout]], dialect: Dialect, grader: Grader) -> list[list[Judged]]:
     """Judge the rollouts of every bundle; all answers go to the grader in one call."""
     owned = [(bundle, rollout) for bundle, group in zip(bundles, groups, strict=True) for rollout in group]
-    readings = [dialect.read(rollout.token_ids, rollout.finish, len(bundle.problems)) for bundle, rollout in owned]
+    readings = [read(rollout, dialect, len(bundle.problems)) for bundle, rollout in owned]
     pairs = [
         (problem.answer, answer)
         for (bundle, _), reading in zip(owned, readings, strict=True)
@@ -59,3 +59,19 @@ def judge(bundles: Sequence[Bundle], groups: Sequence[Sequence[Rollout]], dialec
         for (bundle, rollout), reading in zip(owned, readings, strict=True)
     )
     return [[next(judged) for _ in group] for group in groups]
+
+
+def read(rollout: Rollout, dialect: Dialect, num_problems: int) -> Reading:
+    """What a completion says of its N problems. One of N contexts is read context by context, each as the answer to a single problem."""
+    if rollout.contexts is None:
+        return dialect.read(rollout.token_ids, rollout.finish, num_problems)
+    answers, segments, start = list[str | None](), list[Segment](), 0
+    for problem, length in enumerate(rollout.contexts):
+        tokens = rollout.token_ids[start : start + length]
+        finish: Finish = "stop" if tokens and tokens[-1] in dialect.stop_token_ids else "length"
+        part = dialect.read(tokens, finish, 1)
+        answers += part.answers
+        # Its context is over, so no later segment is answerable for a problem, whether it was answered or not.
+        segments += [Segment(problem, start + segment.start, start + segment.stop, answered=True) for segment in part.segments]
+        start += length
+    return Reading(tuple(answers), tuple(segments))
