@@ -46,7 +46,8 @@ def launch(
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's errors reach us instead of its own printing and exit
     composed: list[DictConfig] = []
-    main = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name or name)(composed.append)
+    place = config_folder() / (config_name or name)
+    main = hydra.main(version_base="1.3", config_path=str(place.parent), config_name=place.name)(composed.append)
     try:
         main()
         if not composed:
@@ -81,8 +82,9 @@ def typed(config: DictConfig, schema: type[Config]) -> Config:
 
 def compose(name: str, overrides: list[str], schema: type[Config]) -> Config:
     """The same from Python: for tests, the demo and the study."""
-    with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-        return typed(hydra.compose(name, overrides), schema)
+    place = config_folder() / name
+    with hydra.initialize_config_dir(str(place.parent), version_base="1.3"):
+        return typed(hydra.compose(place.name, overrides), schema)
 
 
 def one_sentence(error: Exception) -> str:

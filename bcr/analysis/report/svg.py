@@ -99,6 +99,16 @@ class Panel:
                 above = 13 * (len(words) - row - 1)
                 self.text(left + 5, self.height - BOTTOM - 7 - above if at_foot else TOP + 13 * (row + 1), word, kind="stage-name")
 
+    def leader(self, x: float, y: float, place: float, colour: str) -> None:
+        """A thin line from a point to the pixel row `place` at the right edge, where its name stands."""
+        ends = f'x1="{self.x(x):.1f}" y1="{self.y(y):.1f}" x2="{self.right + 10:.1f}" y2="{place:.1f}"'
+        self.parts.append(f'<line class="leader" style="--c:var(--{colour})" {ends}/>')
+
+    def tick(self, x: float, y: float, colour: str) -> None:
+        """A short upright mark: one seed among several."""
+        ends = f'x1="{self.x(x):.1f}" x2="{self.x(x):.1f}" y1="{self.y(y) - 6:.1f}" y2="{self.y(y) + 6:.1f}"'
+        self.parts.append(f'<line class="interval" style="--c:var(--{colour})" {ends}/>')
+
     def upright(self, x: float) -> None:
         place = self.x(x)
         self.parts.append(f'<line class="change" x1="{place:.1f}" x2="{place:.1f}" y1="{TOP}" y2="{self.height - BOTTOM}"/>')

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 from report_sample import demo_folder, training_folder
+from study_sample import study_folder
 
 from bcr.report import write_report
 
@@ -46,7 +47,7 @@ def opened(browser: Browser, file: Path, viewport=DESKTOP, **options) -> tuple[P
 
 def test_every_figure_is_drawn_and_nothing_complains(browser, demo, tmp_path):
     training_folder(tmp_path / "run", steps=3)
-    for file in (demo, write_report(tmp_path / "run")):
+    for file in (demo, write_report(tmp_path / "run"), write_report(study_folder(tmp_path / "study"))):
         page, complaints = opened(browser, file)
         sizes = page.evaluate("[...document.querySelectorAll('svg')].map(s => [s.getBBox().width, s.getBBox().height, s.clientWidth])")
         assert len(sizes) == page.locator("figure").count() >= 3
@@ -57,9 +58,10 @@ def test_every_figure_is_drawn_and_nothing_complains(browser, demo, tmp_path):
         assert complaints == []
 
 
-def test_marks_lie_inside_their_figure(browser, demo):
+@pytest.mark.parametrize("kind", ["demo", "study"])
+def test_marks_lie_inside_their_figure(browser, demo, kind, tmp_path):
     """Nothing that is drawn sticks out of its picture, labels included; names at the ends of curves do not lie on each other."""
-    page, _ = opened(browser, demo)
+    page, _ = opened(browser, demo if kind == "demo" else write_report(study_folder(tmp_path)))
     outside = page.evaluate("""[...document.querySelectorAll('svg')].flatMap(svg => {
         const frame = svg.getBoundingClientRect();
         return [...svg.querySelectorAll('text, circle, line, polyline, rect')].filter(mark => {

@@ -1,0 +1,142 @@
+"""A study in small: stopped by Ctrl-C in the middle, started again, and finished; what is done is never done again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from bcr.records import Verdict
+from bcr.runtime.config import compose, config_folder
+from bcr.runtime.schema import TrainConfig
+from bcr.study import BASE, Listing, StudyConfig, check_listing, collect, prepare, run
+from bcr.study_cell import LETTERS, differences, letters, read_result
+from bcr.tasks.arithmetic import ArithmeticProblems
+
+TINY = "['bundles.per_step=1','bundles.group=2','sampling.row_block=8']"
+SMALL = ["experiment=quick", "cells=[bcr,same_cap]", "steps=25", "problems=6", "sizes=[1,2]", "roomy=40", "cut_at=[10,30]", "workers=1"]
+SMALL += [f"experiment.cells.{name}.overrides={TINY}" for name in ("bcr", "same_cap")]
+LISTINGS = sorted(file.stem for file in (config_folder() / "study" / "experiment").glob("*.yaml"))
+
+
+def study(folder: Path, *overrides: str) -> StudyConfig:
+    return compose("study/study", [f"output={folder}", *SMALL, *overrides], StudyConfig)
+
+
+def interrupted(folder: Path) -> None:
+    """Start the study and press Ctrl-C once its first cell has taken some steps."""
+    command = [sys.executable, "-m", "bcr.study", f"output={folder}", *SMALL]
+    metrics = folder / "cells" / "bcr" / "seed-0" / "metrics.jsonl"
+    hearing = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, preexec_fn=hearing) as started:
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 5:
+            assert started.poll() is None
+            time.sleep(0.02)
+        started.send_signal(signal.SIGINT)
+        assert started.wait(timeout=100) == 130
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    interrupted(folder)
+    cut_off = folder / "cells" / "bcr" / "seed-0"
+    assert (folder / "cells" / BASE / "seed-0" / "result.json").exists()
+    assert not (cut_off / "result.json").exists()
+    assert list((cut_off / "checkpoints").glob("step-*"))
+    run(prepare(study(folder)))
+    return folder
+
+
+def test_it_goes_on_where_it_was_stopped(folder):
+    cell = folder / "cells" / "bcr" / "seed-0"
+    assert "resuming from" in (cell / "log.txt").read_text()
+    assert [json.loads(line)["step"] for line in (cell / "metrics.jsonl").read_text().splitlines()] == list(range(1, 26))
+    assert not (cell / "checkpoints").exists(), "weights are not kept"
+
+
+def test_every_cell_leaves_what_the_analysis_needs(folder):
+    results = collect(prepare(study(folder)))
+    assert list(results) == [BASE, "bcr", "same_cap"]
+    asked = ArithmeticProblems("heldout")
+    for name, (result,) in results.items():
+        assert result["difficulties"] == [asked[index].difficulty for index in range(6)]
+        for size in ("1", "2"):
+            cell = result["sizes"][size]
+            assert len(cell["outcomes"]) == len(cell["tokens"]) == 6
+            assert cell["outcomes"].count("c") / 6 == pytest.approx(cell["accuracy"])
+            assert sum(cell["tokens"]) / 6 == pytest.approx(cell["tokens_per_problem"])
+            assert set(cell["cut"]) == {"10", "30"}
+        if name == BASE:
+            assert result["training"] is None
+        else:
+            steps = [json.loads(line) for line in (folder / "cells" / name / "seed-0" / "metrics.jsonl").read_text().splitlines()]
+            assert result["training"]["steps"] == 25
+            assert result["training"]["tokens"] == pytest.approx(sum(step["tokens_sampled"] for step in steps))
+
+
+def test_what_is_done_is_not_done_again_and_a_list_may_grow(folder):
+    assert prepare(study(folder)).pending == []
+    grown = prepare(study(folder, "seeds=[0,1]", f"+experiment.cells.another={{title: another, overrides: {TINY}}}", "cells=null"))
+    assert [(cell.name, cell.seed) for cell in grown.pending if cell.name not in ("grpo",)] == [
+        ("another", 0), ("bcr", 1), ("same_cap", 1), ("another", 1),
+    ]  # fmt: skip
+
+
+def test_a_result_of_other_settings_is_refused_or_replaced(folder):
+    with pytest.raises(ValueError, match=r"problems was 6 and is 12.*redo=true replaces it"):
+        prepare(study(folder, "problems=12"))
+    cell = next(cell for cell in prepare(study(folder)).cells if cell.name == "bcr")
+    result = read_result(cell)
+    assert result is not None
+    assert differences(result, cell) == []
+    del result["config"]["reward.kind"]  # as a result from before this setting existed
+    assert differences(result, cell) == []
+    result["config"]["optimizer.lr"] = 1.0
+    assert differences(result, cell) == ["optimizer.lr was 1.0 and is 0.0002"]
+
+
+def test_letters_tell_every_verdict():
+    assert len(set(LETTERS.values())) == len(Verdict)
+    assert letters([]) == ""
+    assert LETTERS[Verdict.CORRECT] == "c"
+
+
+def test_the_listed_cells_are_trainings_of_matched_problems_a_step(tmp_path):
+    """And a cell is the same training in every list, for results are shared between experiments by name."""
+    seen: dict[str, TrainConfig] = {}
+    for name in LISTINGS:
+        checked = prepare(compose("study/study", [f"experiment={name}", f"output={tmp_path}", "seeds=[0]"], StudyConfig))
+        assert checked.listing.name == name
+        assert len(checked.listing.cells) == len(checked.cells) - 1
+        for cell in checked.cells:
+            assert seen.setdefault(cell.name, cell.config) == cell.config
+    for name, config in seen.items():
+        problems = config.bundles.per_step * sum(config.bundles.sizes) / len(config.bundles.sizes)
+        assert 35 <= problems <= 36, name
+        assert config.bundles.group == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("cells=[bcr,kimo]", "cells has 'kimo'; quick has bcr, same_cap, grpo"),
+        ("problems=7", "problems is 7; it must be a multiple of every N, here of 2"),
+        ("seeds=[]", "there must be at least one of each"),
+        ("workers=0", "workers is 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(override, sentence, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        prepare(study(tmp_path, override))
+
+
+def test_a_comparison_names_cells():
+    with pytest.raises(ValueError, match=r"compare has \['base', 'x'\]"):
+        check_listing(Listing(compare=[["base", "x"]]))
