@@ -1,7 +1,8 @@
 """`python -m bcr.plan [key=value ...]`: whether a training run fits a GPU, part by part, and how long a step takes, before anything starts.
 
-It takes the keys of `bcr.train` and two of its own: `+gpu=...` (a key of GPUS, or single numbers such as `+device_numbers.memory_gib=47`)
-and `+gpus=8`. It reads a checkpoint's config.json and no weights; the checkpoints of the recipes are known without the hub.
+It takes the keys of `bcr.train` and some of its own: `+gpu=...` (a key of GPUS, or single numbers such as `+device_numbers.memory_gib=47`),
+`+gpus=8`, and `+scale=[1,2,4,8]`, which prints how a step's time falls with the number of GPUs instead (docs/scaling.md). It reads a
+checkpoint's config.json and no weights; the checkpoints of the recipes are known without the hub.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bcr.analysis.costs import DECODE_EFFICIENCY, GIB, LEARNING_MFU, Device, Load, kv_bytes, memory, parameters, peak, seconds, slots
+from bcr.analysis.scaling import Fabric, remedies, rows, stop
 from bcr.assemble import model_folder
 from bcr.model import DecoderConfig
 from bcr.model.huggingface import read_config
@@ -41,6 +43,11 @@ KNOWN = {  # config.json of the recipes' checkpoints
         vocab_size=151_936, head_dim=128, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
         num_attention_heads=16, num_key_value_heads=8, max_position_embeddings=40_960, tie_word_embeddings=True,
     ),
+    "Qwen/Qwen3-30B-A3B-Thinking-2507": DecoderConfig(
+        vocab_size=151_936, head_dim=128, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=262_144,
+        num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
+    ),
 }  # fmt: skip
 
 
@@ -50,6 +57,8 @@ class PlanConfig(TrainConfig):
 
     gpu: str = "h100"
     gpus: int = 1
+    scale: list[int] = field(default_factory=list)  # numbers of GPUs to compare; empty: plan for `gpus`
+    fabric: Fabric = field(default_factory=Fabric)
     device_numbers: Device | None = None
     question_tokens: int = field(default=200)  # of one problem in a prompt: a generous mean over MATH and DeepMath
 
@@ -74,14 +83,14 @@ def prepare(config: PlanConfig) -> Plan:
         raise ValueError(f"gpu is {config.gpu!r}; it must be one of {', '.join(GPUS)}, or give device_numbers.")
     device = config.device_numbers or GPUS[config.gpu]
     shape = shape_of(config.model)
-    if shape.num_experts:
-        raise ValueError("the model is a mixture of experts, whose costs this program does not know; dense models are planned.")
     load = load_of(config, shape)
     if load.length > shape.max_position_embeddings:
         raise ValueError(
             f"a rollout may have {load.length} tokens, prompt included; the model's context is {shape.max_position_embeddings}."
         )
-    if not fits(shape, load, device):
+    if wrong := [count for count in config.scale if count < 1]:
+        raise ValueError(f"scale has {wrong[0]}; a number of GPUs is at least 1.")
+    if not config.scale and not fits(shape, load, device):
         raise ValueError(advice(shape, load, device))
     return Plan(config, shape, device, load)
 
@@ -111,6 +120,7 @@ def load_of(config: PlanConfig, shape: DecoderConfig) -> Load:
         in_flight=config.sampling.max_batch,
         cache_bytes=config.sampling.cache_mb * 2**20,
         devices=config.gpus,
+        group=config.bundles.group,
     )
 
 
@@ -150,7 +160,50 @@ def cache_mb(shape: DecoderConfig, load: Load) -> int:
     return int(17 * kv_bytes(shape, load) / 2**20) + 1
 
 
+def show_scale(plan: Plan) -> None:
+    """Markdown, as it stands in docs/scaling.md."""
+    shape, load, device, fabric = plan.shape, plan.load, plan.device, plan.config.fabric
+    found = rows(shape, load, device, fabric, plan.config.scale)
+    phases = ("sampling", "exchange", "learning", "waiting", "gathering", "updating")
+    print(f"| {device.name} | shards | GiB on each | {' | '.join(phases)} | seconds a step | efficiency | measured |")
+    print("|---" * (len(phases) + 6) + "|")
+    first = next((row for row in found if row.seconds), None)
+    for row in found:
+        if not row.seconds or first is None:
+            print(f"| {row.devices} | {row.shard} | {row.memory:.0f}: too much |{' |' * (len(phases) + 2)} no |")
+            continue
+        efficiency = first.step * first.devices / (row.step * row.devices)
+        spent = " | ".join(brief(row.seconds[phase]) for phase in phases)
+        print(f"| {row.devices} | {row.shard} | {row.memory:.0f} | {spent} | {brief(row.step)} | {efficiency:.0%} | no |")
+    end = stop(found)
+    if end is None:
+        print("\nIt fits on none of them.")
+        return
+    beyond = next((row for row in found if row.devices > end.devices), None)
+    here = beyond or end
+    largest = max(here.seconds, key=lambda phase: here.seconds[phase])
+    verdict = f"Scaling stops at {end.devices}" if beyond else f"No end of scaling up to {end.devices}"
+    print(f"\n{verdict}; on {here.devices} {largest} takes {here.seconds[largest] / here.step:.0%} of the step. A change there:\n")
+    print("| change | rollouts a second | gain | GiB on each |\n|---|---|---|---|")
+    options = remedies(shape, replace(load, devices=here.devices), device, fabric)
+    before = options["as it is"][0]
+    for change, (pace, needed) in options.items():
+        print(
+            f"| {change} | {brief(pace)} | {pace / before:.2f} | {needed:.0f} |"
+            if pace
+            else f"| {change} | does not fit | | {needed:.0f} |"
+        )
+
+
+def brief(value: float) -> str:
+    """Three digits where they mean something."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
 def run(plan: Plan) -> None:
+    if plan.config.scale:
+        show_scale(plan)
+        return
     shape, load, device = plan.shape, plan.load, plan.device
     parts, times = memory(shape, load), seconds(shape, load, device)
     table = Table("part", "GiB", title=f"{parameters(shape) / 1e9:.2f} B parameters on {load.devices} x {device.name}")

@@ -20,6 +20,7 @@ from bcr.assemble import Task, assemble, build_bundles, build_grader, build_samp
 from bcr.dynamic_sampling import Replaced, replace_silent
 from bcr.learner.credit import differs_in_accuracy, make_examples
 from bcr.learner.learner import Learned, Learner
+from bcr.learner.targets import MovingTargets
 from bcr.model import Decoder
 from bcr.model.ops import implementations
 from bcr.rollouts import RolloutStream
@@ -119,6 +120,9 @@ def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool]
     guards, clock = Guards(config.guards), Clock()
     has_signal = partial(differs_in_accuracy, advantage=config.advantage)
     parts: dict[str, Stateful] = {"rollouts": run.rollouts, "learner": learner, "guards": guards}
+    targets = MovingTargets(config.reward) if config.reward.moving else None
+    if targets:
+        parts["targets"] = targets
     done, offsets = run.resumption.restore(task.model, learner.optimizer, parts) if run.resumption else (0, {})
     with (
         run.grader,
@@ -135,10 +139,13 @@ def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool]
                 replaced = replace_silent(judged, has_signal, run.sample, config.bundles.resample_rounds)
                 judged, bundles = replaced.groups, [group[0].bundle for group in replaced.groups]
             with clock("learning"):
-                examples = make_examples(judged, config.advantage, config.reward)
+                examples = make_examples(judged, config.advantage, config.reward, targets)
                 learned = learner.learn(examples, step - 1)
                 run.sampler.on_weights_changed()
             metrics = step_metrics(replaced, learned)
+            if targets:
+                metrics |= targets.metrics
+                targets.update(judged)
             files.write("metrics", {"step": step, **metrics})
             files.write("timings", {"step": step, **clock.seconds, "graders_replaced": run.grader.replaced})
             for record in telling_rollouts(judged, examples, task.dialect, config.logging.rollouts):

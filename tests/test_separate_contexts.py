@@ -181,9 +181,9 @@ def test_one_problem_alone_is_the_ordinary_run_to_the_last_bit(tmp_path: Path) -
 
 def test_a_run_resumes_and_says_what_it_did(tmp_path: Path) -> None:
     options = ["experiment=arithmetic_separate", "bundles.budget=60", "advantage.scope=problem"]
-    once = run(tmp_path / "once", *options, "steps=3")
+    once = run(tmp_path / "once", *options, "steps=2")
     run(tmp_path / "twice", *options, "steps=1")
-    assert run(tmp_path / "twice", *options, "steps=3") == once
+    assert run(tmp_path / "twice", *options, "steps=2") == once
     for step in map(json.loads, once["metrics.jsonl"].splitlines()):
         assert step["tokens_per_problem"] <= 20
         assert step["dlogprob_max"] < 1e-3

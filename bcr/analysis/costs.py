@@ -14,19 +14,28 @@ from bcr.model import DecoderConfig
 GIB = 2**30
 STATE_BYTES = 8  # the two moments of AdamW, float32
 LEARNING_MFU, DECODE_EFFICIENCY = 0.4, 0.6  # assumed shares of the device's peak; no GPU figure of this code exists yet
+LAUNCH = 5e-6  # assumed seconds from one small kernel to the next
+LAYER_KERNELS = 15  # of one pass through a layer without its mixture, counted in `bcr.model`
+SEEKING_KERNELS, EXPERT_KERNELS = 3, 7  # of one expert: to find its tokens, and to work on them where there are any
 LOGITS_BYTES = 24  # a place of a row of logits while sampling: float32 logits and log-probs, float64 probabilities and their sums
 PADDING = 1.1  # of attention's padded batches
 
 
 @dataclass
 class Device:
-    """A GPU by its data sheet: memory [GiB], dense bfloat16 [TFLOP/s], bandwidth [TB/s]. `reserve` GiB go to CUDA and fragmentation."""
+    """A GPU by its data sheet: memory [GiB], dense bfloat16 [TFLOP/s], bandwidth [TB/s]. `reserve` GiB go to CUDA and fragmentation.
+
+    `launch`: seconds that a kernel takes however small it is. `learning` and `decoding`: the shares of the peak they are taken to reach.
+    """
 
     name: str = "H100-80GB"
     memory_gib: float = 79.0
     tflops: float = 989.0
     bandwidth: float = 3.35
     reserve: float = 4.0
+    launch: float = LAUNCH
+    learning: float = LEARNING_MFU
+    decoding: float = DECODE_EFFICIENCY
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,17 @@ class Load:
     in_flight: int  # rollouts decoded at the same time, on one device
     cache_bytes: float  # the most that keys and values may take on one device
     devices: int = 1
+    group: int = 1  # rollouts of one bundle, sampled on one device
+    shard: int | None = None  # devices that share one copy of masters, moments and gradients; None: all (HSDP has fewer)
+
+    @property
+    def sharded(self) -> int:
+        return self.shard or self.devices
+
+    @property
+    def bundles(self) -> int:
+        """Of the device that samples the most."""
+        return -(-self.rollouts // (self.group * self.devices))
 
     @property
     def length(self) -> int:
@@ -53,23 +73,51 @@ class Load:
         return max(self.pack_tokens, self.length)
 
 
-def parameters(config: DecoderConfig) -> int:
-    """Number of weights."""
+def parameters(config: DecoderConfig, experts: float | None = None) -> float:
+    """Number of weights; with `experts` only so many of each mixture count: those a token goes through, or those a batch touches."""
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    return embeddings + config.hidden_size + config.num_hidden_layers * layer_parameters(config)
+    dense = sum(layer in config.mlp_only_layers for layer in range(config.num_hidden_layers)) if config.num_experts else 0
+    mixed = config.num_hidden_layers - dense
+    layers = dense * (attention_parameters(config) + mlp_parameters(config)) + mixed * layer_parameters(config, experts)
+    return embeddings + config.hidden_size + layers
 
 
-def layer_parameters(config: DecoderConfig) -> int:
+def body_parameters(config: DecoderConfig, experts: float | None = None) -> float:
+    """Without embedding and head."""
+    return parameters(config, experts) - (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+
+
+def layer_parameters(config: DecoderConfig, experts: float | None = None) -> float:
+    """Of one layer, of a mixture where the model is one."""
+    if not config.num_experts:
+        return attention_parameters(config) + mlp_parameters(config)
+    one, router = 3 * config.hidden_size * config.moe_intermediate_size, config.hidden_size * config.num_experts
+    return attention_parameters(config) + router + one * (config.num_experts if experts is None else experts)
+
+
+def attention_parameters(config: DecoderConfig) -> int:
+    """Projections and the layer's norms."""
     hidden, head = config.hidden_size, config.head_dim
     query, both = config.num_attention_heads * head, (config.num_attention_heads + 2 * config.num_key_value_heads) * head
     attention = hidden * both + query * hidden + (both if config.qkv_bias else 0) + (2 * head if config.qk_norm else 0)
-    return attention + 3 * hidden * config.intermediate_size + 2 * hidden
+    return attention + 2 * hidden
+
+
+def mlp_parameters(config: DecoderConfig) -> int:
+    return 3 * config.hidden_size * config.intermediate_size
+
+
+def touched_experts(config: DecoderConfig, tokens: float) -> float:
+    """Distinct experts of a layer that `tokens` tokens go through, expected, where every expert is as likely as any other."""
+    if not config.num_experts:
+        return 0.0
+    return config.num_experts * (1 - (1 - config.num_experts_per_tok / config.num_experts) ** tokens)
 
 
 def layer_activations(config: DecoderConfig, weight_bytes: int, padding: float = 1.0, attention_bytes: int | None = None) -> float:
     """Bytes per token that a layer keeps for its backward. Attention's padded copies take `attention_bytes` a number: 4 on a CPU, where
     they are float32; None is as wide as the weights."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, wide = config.hidden_size, max(weight_bytes, 4)
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     narrow = weight_bytes < 4
     # A norm keeps its float32 input, what it gives before its weight, and (for the projection after it) what it gives after it.
@@ -78,7 +126,10 @@ def layer_activations(config: DecoderConfig, weight_bytes: int, padding: float =
     qk_norm = ((query + key) * (4 + weight_bytes) + (0 if narrow else 4 * key)) if config.qk_norm else 0
     # q, k, v and output, padded; the output again, packed.
     attention = (attention_bytes or weight_bytes) * padding * (query + 2 * key + query) + weight_bytes * query
-    swiglu = weight_bytes * 4 * inner  # gate, up, silu(gate), and their product
+    swiglu = weight_bytes * 4 * config.intermediate_size  # gate, up, silu(gate), and their product
+    if config.num_experts:  # the same in each chosen expert; its input, output and weighted output, their places; the probabilities
+        chosen = config.num_experts_per_tok
+        swiglu = chosen * (weight_bytes * (4 * config.moe_intermediate_size + 3 * hidden) + 40) + wide * config.num_experts
     return norms + qk_norm + attention + swiglu
 
 
@@ -98,13 +149,13 @@ def kv_bytes(config: DecoderConfig, load: Load) -> float:
 
 def slots(config: DecoderConfig, load: Load) -> int:
     """Rollouts that decode at the same time on one device: as many as are asked for and fit the cache beside their group's prompt."""
-    wanted = min(load.in_flight, -(-load.rollouts // load.devices))
+    wanted = min(load.in_flight, load.bundles * load.group)
     return min(wanted, int(load.cache_bytes // kv_bytes(config, load)) - 1)
 
 
 def memory(config: DecoderConfig, load: Load) -> dict[str, float]:
     """Bytes by part on one device. With several, masters, moments and gradients are sharded (FSDP) and the sampler has whole weights."""
-    count, share = parameters(config), parameters(config) / load.devices
+    count, share = parameters(config), parameters(config) / load.sharded
     embedding = config.vocab_size * config.hidden_size
     sharded = load.devices > 1
     narrow = load.weight_bytes < 4
@@ -132,19 +183,49 @@ def peak(parts: dict[str, float]) -> float:
 
 
 def seconds(config: DecoderConfig, load: Load, device: Device) -> dict[str, float]:
-    """Seconds of a step by phase, every rollout as long as its budget: arithmetic and memory traffic at the assumed shares of the peak."""
-    own = -(-load.rollouts // load.devices)
-    rows = slots(config, load)
-    waves = -(-own // rows)
+    """Seconds of a step by phase on the busiest device, every rollout as long as its budget; what devices tell each other is left out."""
+    return {"sampling": sampling_seconds(config, load, device), "learning": learning_seconds(config, load, device)}
+
+
+def sampling_seconds(config: DecoderConfig, load: Load, device: Device) -> float:
+    """Prompts prefilled once a bundle, then token after token: weights and half-full caches read, or the arithmetic where that is more,
+    at the assumed share of the peak, and on top what a pass through the layers takes however small it is."""
+    own = load.bundles * load.group
+    waves = -(-own // slots(config, load))
     rows = -(-own // waves)
-    count = parameters(config) - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)  # rows looked up are free
+    head = config.vocab_size * config.hidden_size
     half_full = kv_bytes(config, load) * (load.prompt + load.budget / 2) / load.length
-    traffic = (load.weight_bytes * count + rows * half_full) / (device.bandwidth * 1e12)
-    arithmetic = 2 * count * rows / (device.tflops * 1e12)
-    sampling = waves * load.budget * max(traffic, arithmetic) / DECODE_EFFICIENCY
-    query = config.num_attention_heads * config.head_dim
-    attention = 2 * config.num_hidden_layers * query * load.length  # of one token: scores and values over half the sequence each
-    forward = 2 * count + attention
-    passes = 4 if load.checkpointing else 3
-    learning = own * load.length * passes * forward / (device.tflops * 1e12) / LEARNING_MFU
-    return {"sampling": sampling, "learning": learning}
+    traffic = load.weight_bytes * (body_parameters(config, touched_experts(config, rows)) + head) + rows * half_full
+    arithmetic = 2 * (body_parameters(config, config.num_experts_per_tok) + head) * rows
+    decoding = max(traffic / (device.bandwidth * 1e12), arithmetic / (device.tflops * 1e12)) / device.decoding
+    prefill = load.bundles * load.prompt * forward_flop(config, load.prompt) / (device.tflops * 1e12) / device.learning
+    return prefill + waves * load.budget * (decoding + fixed_seconds(config, rows, device))
+
+
+def learning_seconds(config: DecoderConfig, load: Load, device: Device) -> float:
+    """The arithmetic of the device's rollouts at the assumed share of the peak, on top what its passes take however small they are. With
+    checkpointing the layers run forward once more; the head meets the completions alone and has no such pass."""
+    own, passes = -(-load.rollouts // load.devices), 4 if load.checkpointing else 3
+    body = passes * own * load.length * forward_flop(config, load.length)
+    head = 3 * own * load.budget * 2 * config.vocab_size * config.hidden_size
+    fixed = passes * packs(load) * fixed_seconds(config, load.places, device)
+    return (body + head) / (device.tflops * 1e12) / device.learning + fixed
+
+
+def forward_flop(config: DecoderConfig, length: int) -> float:
+    """Of one token of a sequence, the head left out: 2 for each weight it meets, and attention's scores and values over half of it."""
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    return 2 * body_parameters(config, config.num_experts_per_tok) + attention
+
+
+def fixed_seconds(config: DecoderConfig, tokens: float, device: Device) -> float:
+    """A forward pass with next to nothing to compute: its kernels. A mixture looks at its experts one after the other."""
+    mixed = config.num_hidden_layers - len(config.mlp_only_layers) if config.num_experts else 0
+    experts = SEEKING_KERNELS * config.num_experts + EXPERT_KERNELS * touched_experts(config, tokens)
+    return (config.num_hidden_layers * LAYER_KERNELS + mixed * experts) * device.launch
+
+
+def packs(load: Load) -> int:
+    """Of the busiest device; all have as many."""
+    rollouts = -(-load.rollouts // load.devices)
+    return -(-rollouts // (load.places // load.length))

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from bcr.learner.advantages import AdvantageConfig, batch_advantages, group_advantages
 from bcr.learner.packs import Example
 from bcr.learner.rewards import RewardConfig, group_rewards
+from bcr.learner.targets import MovingTargets
 from bcr.tasks.judging import Judged
 
 
-def make_examples(groups: Sequence[Sequence[Judged]], advantage: AdvantageConfig, reward: RewardConfig) -> list[Example]:
+def make_examples(
+    groups: Sequence[Sequence[Judged]], advantage: AdvantageConfig, reward: RewardConfig, targets: MovingTargets | None = None
+) -> list[Example]:
     """Rewards, then advantages: one example for each rollout, in order, also for those that turn out to have no signal."""
-    rewards = [group_rewards(group, reward) for group in groups]
+    rewards = [targets.rewards(group) if targets else group_rewards(group, reward) for group in groups]
     advantages = batch_advantages(rewards, [[judged.segments for judged in group] for group in groups], advantage)
     return [
         make_example(judged, row) for group, rows in zip(groups, advantages, strict=True) for judged, row in zip(group, rows, strict=True)

@@ -60,8 +60,10 @@ def laser(outcomes: Sequence[Outcome], config: Settings) -> list[float]:
 
 @by_problem
 def laser_d(outcomes: Sequence[Outcome], config: Settings) -> list[float]:
-    """Laser, and a 1[L > length] where wrong, so that exploring long is not punished (Laser-D with one target for all difficulties, the
-    form of arXiv 2602.20945; the original moves its target with the difficulty)."""
+    """Laser, and a 1[L > length] where wrong, so that exploring long is not punished (Laser-D in the form of arXiv 2602.20945).
+
+    In the original (arXiv 2505.15612) Laser-D is `laser` with targets that move with difficulty and training (`reward.moving`), and this
+    rule with such targets is Laser-DE, but for its n-gram test that withholds the bonus from wrong answers which repeat themselves."""
     short = [tokens <= config.length for _, tokens in outcomes]
     return [
         1 + config.coefficient * within if correct else config.coefficient * (not within)

@@ -16,12 +16,16 @@ from bcr.tasks.judging import Judged
 
 @dataclass
 class RewardConfig:
-    """`kind` names the rule. The numbers belong to the rules that use them and must be null elsewhere; `length` and `buffer` in tokens."""
+    """`kind` names the rule. The numbers belong to the rules that use them and must be null elsewhere; `length` and `buffer` in tokens.
+
+    `moving`: `length` is where the targets of laser or laser_d begin, one for each class of difficulty; see `bcr.learner.targets`.
+    """
 
     kind: str = "accuracy"
     coefficient: float | None = None
     length: int | None = None
     buffer: int | None = None
+    moving: bool = False
 
     def check(self) -> None:
         if self.kind not in RULES:
@@ -35,6 +39,8 @@ class RewardConfig:
                 raise ValueError(f"reward.{name} is {value}; reward.kind={self.kind} has no use for it: leave it null.")
             if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"reward.{name} is {value}; it must be a positive number.")
+        if self.moving and self.kind not in ("laser", "laser_d"):
+            raise ValueError(f"reward.moving is true, but reward.kind={self.kind} has no targets to move; it is for laser and laser_d.")
         if self.buffer is not None and self.length is not None and self.buffer > self.length:
             raise ValueError(f"reward.buffer is {self.buffer}; it must be at most reward.length, {self.length}.")
 

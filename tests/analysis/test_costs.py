@@ -29,6 +29,10 @@ SHAPES = {
     "narrow": replace(BASE, intermediate_size=128, tie_word_embeddings=True),
     "many heads": replace(BASE, num_attention_heads=8, num_key_value_heads=2),
     "no groups": replace(BASE, num_key_value_heads=4),
+    "mixture": replace(BASE, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=160),
+}
+COUNTED = SHAPES | {
+    "dense first": replace(BASE, num_experts=4, num_experts_per_tok=1, moe_intermediate_size=96, mlp_only_layers=(0,)),
 }
 LOAD = Load(
     weight_bytes=4,
@@ -42,7 +46,7 @@ LOAD = Load(
 )
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", COUNTED.values(), ids=COUNTED)
 def test_every_weight_is_counted(shape):
     with torch.device("meta"):
         model = Decoder(shape)
@@ -154,11 +158,11 @@ def test_parts_follow_from_the_settings():
 
 
 def test_time_falls_with_bandwidth_arithmetic_and_devices():
-    slow, fast = Device(tflops=100.0, bandwidth=1.0), Device(tflops=200.0, bandwidth=2.0)
+    slow, fast = Device(tflops=100.0, bandwidth=1.0, launch=2e-6), Device(tflops=200.0, bandwidth=2.0, launch=1e-6)
     load = replace(LOAD, rollouts=64, in_flight=8)
     one, two = seconds(BASE, load, slow), seconds(BASE, load, fast)
     assert one["sampling"] == pytest.approx(2 * two["sampling"])
     assert one["learning"] == pytest.approx(2 * two["learning"])
     spread = seconds(BASE, replace(load, devices=4), slow)
-    assert spread["learning"] == pytest.approx(one["learning"] / 4)
+    assert one["learning"] / 4 <= spread["learning"] < one["learning"] / 3.5  # the last pack of a device may be half empty
     assert spread["sampling"] == pytest.approx(one["sampling"] / 4)
