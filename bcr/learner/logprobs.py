@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
 from bcr.learner.losses import Denominators, LossConfig
-from bcr.learner.packs import IGNORED, Example, make_pack, silent_pack
+from bcr.learner.packs import IGNORED, Example, make_pack
 from bcr.model import Decoder
 from bcr.model.attention import PackedAttention
-from bcr.parallel.sharding import release
 from bcr_kernels import linear_logprob
 
 
@@ -20,18 +18,13 @@ from bcr_kernels import linear_logprob
 def completion_logprobs(
     model: Decoder, groups: Sequence[Sequence[Example]], temperature: float, device: torch.device
 ) -> list[list[list[float]]]:
-    """For each group of examples (a pack), each example and each completion token its log-prob: full vocabulary, at `temperature`.
-
-    Of sharded weights every rank calls it, with the same number of groups; some may be empty.
-    """
+    """For each group of examples (a pack), each example and each completion token its log-prob: full vocabulary, at `temperature`."""
     found = []
     for group in groups:
-        total = Denominators.of(example.segments for example in group)
-        pack = make_pack(group, LossConfig(), total, device) if group else silent_pack(LossConfig(), device)
-        head = partial(linear_logprob, targets=pack.targets, temperature=temperature)
-        logprobs = model(pack.input_ids, pack.position_ids, PackedAttention(pack.lengths, device), head).logprob
+        pack = make_pack(group, LossConfig(), Denominators.of(example.segments for example in group), device)
+        hidden = model(pack.input_ids, pack.position_ids, PackedAttention(pack.lengths, device))
+        logprobs = linear_logprob(hidden, model.head_weight, pack.targets, temperature=temperature).logprob
         values = logprobs[pack.targets != IGNORED].tolist()
         ends = itertools.accumulate((len(example.token_ids) for example in group), initial=0)
         found.append([values[start:stop] for start, stop in itertools.pairwise(ends)])
-    release(model)
     return found

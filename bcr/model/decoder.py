@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from bcr.model import ops
 from bcr.model.experts import MixtureOfExperts
 from bcr.model.mlp import SwiGLU
+from bcr.model.products import Linear, linear
 from bcr.model.rotary import RopeScaling, Rotary
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 # attention(layer, query[T,Q,D], key[T,K,D], value[T,K,D]) -> [T,Q,D]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-Head = Callable[[Tensor, Tensor], Any]  # head(hidden[T,H], head_weight[V,H]) -> whatever its caller makes of them
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ class Decoder(nn.Module):
     """input_ids[T], position_ids[T] -> hidden[T,H] after the final norm; logits are `hidden @ head_weight.T`.
 
     The head is left to its caller because no caller wants the logits of every token: the learner goes through
-    `bcr_kernels.linear_logprob`, the sampler needs one row for each sequence. Given as `head`, it runs inside the forward, whose result
-    is then the head's: of sharded weights the head's is whole only there.
+    `bcr_kernels.linear_logprob`, the sampler needs one row for each sequence.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -105,19 +104,20 @@ class Decoder(nn.Module):
         """Logits [T,V] of hidden[T,H] for sampling, never rounded below float32: as the learner's head computes them (contract 1)."""
         weight = self.head_weight
         if weight.dtype not in (torch.bfloat16, torch.float16):
-            return F.linear(hidden, weight)
+            return linear(hidden, weight)
         if hidden.is_cuda:
             return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         return F.linear(hidden.float(), weight.float())
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attention: Attention, head: Head | None = None) -> Any:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
         hidden = self.embed_tokens(input_ids)
         rotation = self.rotary(position_ids)
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            hidden = layer(hidden, rotation, attention, recompute)
-        hidden = self.norm(hidden)
-        return hidden if head is None else head(hidden, self.head_weight)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, rotation, attention, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = layer(hidden, rotation, attention)
+        return self.norm(hidden)
 
     @torch.no_grad()
     def init_weights(self, seed: int, std: float = 0.02) -> Decoder:
@@ -175,13 +175,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = feed_forward(config, index)
 
-    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention, recompute: bool = False) -> Tensor:
-        """`recompute`: the backward makes the activations again. Inside the layer, so that a sharded layer is whole by then."""
-        if recompute:
-            return checkpoint(self.compute, hidden, rotation, attention, use_reentrant=False, preserve_rng_state=False)
-        return self.compute(hidden, rotation, attention)
-
-    def compute(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, attention)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -202,14 +196,14 @@ class SelfAttention(nn.Module):
         self.index, self.eps = index, config.rms_norm_eps
         self.head_dim = config.head_dim
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         query_heads, key_heads, _ = self.heads
-        qkv = self.qkv_proj(hidden).view(hidden.shape[0], sum(self.heads), self.head_dim)
+        qkv = self.qkv_proj(hidden).contiguous().view(hidden.shape[0], sum(self.heads), self.head_dim)
         query_key, value = qkv.split((query_heads + key_heads, key_heads), dim=1)
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
         query, key = ops.query_and_key(query_key, query_heads, norms, self.eps, rotation)

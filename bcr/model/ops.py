@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcr.model.activation import silu
+from bcr.model.activation import UNIT, lies_across, silu
 from bcr.model.rotary import rotate
 
 HALF = (torch.bfloat16, torch.float16)
@@ -86,6 +86,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
         from bcr.model import liger
 
         return liger.swiglu(gate_up)
+    if lies_across(gate_up) and gate_up.shape[1] % (2 * UNIT):
+        gate_up = gate_up.contiguous()  # rows that are no whole vectors have the bits of rows only where they lie as rows
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate) * up
 

@@ -20,15 +20,16 @@ QUERY_ROWS, ALIGN, SHORTEST, SPAN, TILE = 4, 16, 64, 192, 128
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, unseen: Tensor) -> Tensor:
-    """query[B,K,M,D] over key[B,K,L,D], value[B,K,L,D] -> float32 [B,K,M,D].
+    """query[B,K,M,D] (times D^-0.5) over key[B,K,L,D], value[B,K,L,D] -> float32 [B,K,M,D].
 
-    M is a multiple of QUERY_ROWS, L comes from `readable`; `unseen` (bool, broadcast to [B,K,M,L]) is what a query must not see. Places
-    that nobody wrote must be finite. The products are those of float32 whatever the dtype of the inputs.
+    M is a multiple of QUERY_ROWS, L comes from `readable`; `unseen` (bool, broadcast to [B,K,M,U]) is what a query must not see of the last
+    U places. Places that nobody wrote must be finite. The products are those of float32 whatever the dtype of the inputs.
     """
     batch, heads, rows, size = query.shape
-    q, k, v = ((x if x.dtype == torch.float64 else x.float()).flatten(0, 1) for x in (query * size**-0.5, key, value))
+    q, k, v = ((x if x.dtype == torch.float64 else x.float()).flatten(0, 1) for x in (query, key, value))
     scores = torch.bmm(q, k.transpose(1, 2)).view(batch, heads, rows, -1)
-    weights = scores.masked_fill_(unseen, float("-inf")).softmax(dim=-1).flatten(0, 1)
+    scores[..., scores.shape[-1] - unseen.shape[-1] :].masked_fill_(unseen, float("-inf"))
+    weights = scores.softmax(dim=-1).flatten(0, 1)
     length = weights.shape[2]
     if length <= SPAN:
         return torch.bmm(weights, v).view(batch, heads, rows, size)
@@ -45,7 +46,7 @@ def attend_chunk(query: Tensor, key: Tensor, value: Tensor, first: int) -> Tenso
     key_heads, length = key.shape[0], readable(first + count)
     share = query_heads // key_heads
     grouped = query.view(count, key_heads, share, size).transpose(0, 1).reshape(1, key_heads, count * share, size)
-    padded = F.pad(grouped, (0, 0, 0, -count * share % (2 * QUERY_ROWS)))
+    padded = F.pad(grouped * size**-0.5, (0, 0, 0, -count * share % (2 * QUERY_ROWS)))
     last = torch.arange(padded.shape[2], device=query.device).div_(share, rounding_mode="floor").add_(first)
     unseen = torch.arange(length, device=query.device) > last[:, None]
     out = attend(padded, key[None, :, :length], value[None, :, :length], unseen)[0, :, : count * share]

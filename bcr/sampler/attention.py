@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bcr.model.row_attention import QUERY_ROWS, attend, attend_chunk, readable
+from bcr.model.row_attention import QUERY_ROWS, attend, attend_chunk, readable, round_up
 from bcr.sampler.batch import Batch
 from bcr.sampler.kv_cache import KVCache
 from bcr.sampler.scheduler import Chunk
@@ -21,7 +21,7 @@ from bcr.sampler.scheduler import Chunk
 
 @dataclass(frozen=True)
 class Run:
-    """Decoding rows `rows` that are attended to together: `length` places of each are read, `unseen` [R,1,1,length] are not theirs."""
+    """Decoding rows `rows` that are attended to together: `length` places of each are read, `unseen` [R,1,1,U] of the last U are not theirs."""
 
     rows: slice
     blocks: slice | Tensor  # a stretch of the cache, read in place; or a table [R,W] of small blocks to gather
@@ -47,10 +47,12 @@ class CachedAttention:
             self.blocks = torch.cat([self.blocks, blocks[positions // size]])
             self.places = torch.cat([self.places, positions % size])
         self.runs = [self._run(batch, table, rows) for rows in stretches(batch, size)]
+        self.padded: Tensor | None = None
 
     def _run(self, batch: Batch, table: Tensor, rows: slice) -> Run:
-        length = readable(max(draft.cached for draft in batch.drafts[rows]))
-        unseen = torch.arange(length, device=batch.device) > batch.position[rows, None]
+        held = [draft.cached for draft in batch.drafts[rows]]
+        length = readable(max(held))
+        unseen = torch.arange(min(held), length, device=batch.device) > batch.position[rows, None]
         if length <= self.cache.block_size:
             first = batch.drafts[rows.start].blocks[0]
             return Run(rows, slice(first, first + rows.stop - rows.start), length, unseen[:, None, None])
@@ -62,11 +64,12 @@ class CachedAttention:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         query_heads, size, key_heads = query.shape[1], query.shape[2], key.shape[1]
         share = query_heads // key_heads
+        if self.padded is None:  # beyond the `share` queries of a key head zeros, which serve all layers
+            self.padded = query.new_zeros(self.rows, key_heads, round_up(share, QUERY_ROWS), size)
+        torch.mul(query[: self.rows].view(-1, key_heads, share, size), size**-0.5, out=self.padded[:, :, :share])
         parts = []
         for run in self.runs:
-            grouped = query[run.rows].view(-1, key_heads, share, size)
-            padded = F.pad(grouped, (0, 0, 0, -share % QUERY_ROWS)) if share % QUERY_ROWS else grouped
-            out = attend(padded, read(keys, run), read(values, run), run.unseen)
+            out = attend(self.padded[run.rows], read(keys, run), read(values, run), run.unseen)
             parts.append(out[:, :, :share].reshape(-1, query_heads, size).to(query.dtype))
         start = self.rows
         for chunk, blocks in zip(self.chunks, self.tables, strict=True):

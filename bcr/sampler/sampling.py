@@ -16,6 +16,7 @@ from torch import Tensor
 from bcr_kernels.reference import logprob_of_logits
 
 WIDE, SPAN = 512, 64  # vocabularies beyond WIDE are summed in spans of SPAN tokens first
+ROWS = 16  # rows whose copy in float64, which torch makes to sum them, stays in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def sample(logits: Tensor, params: SamplingParams, keys: Tensor, positions: Tens
 
     The log-prob is that of the full vocabulary at the sampling temperature, computed as the learner computes it. No row looks at another.
     """
-    scaled = logits.float() * (1.0 / (params.temperature or 1.0))
+    scaled = torch.mul(logits, 1.0 / (params.temperature or 1.0), out=logits.new_empty(logits.shape, dtype=torch.float32))  # rows together
     if params.temperature == 0:
         tokens = scaled.argmax(dim=-1)
     else:
@@ -81,8 +82,10 @@ def inverse_cdf(weights: Tensor, numbers: Tensor) -> Tensor:
     vocabulary = weights.shape[1]
     if vocabulary <= WIDE:
         return above(weights.double().cumsum(dim=-1), numbers)[0]
-    padded = torch.nn.functional.pad(weights, (0, -vocabulary % SPAN)).unflatten(1, (-1, SPAN))
-    span, before, target = above(padded.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1), numbers)
+    padded = torch.nn.functional.pad(weights, (0, -vocabulary % SPAN)) if vocabulary % SPAN else weights
+    padded = padded.unflatten(1, (-1, SPAN))
+    sums = torch.cat([rows.sum(dim=-1, dtype=torch.float64) for rows in padded.split(ROWS)])
+    span, before, target = above(sums.cumsum(dim=-1), numbers)
     within = padded[torch.arange(len(span), device=span.device), span].double().cumsum(dim=-1)
     rest = (target - before).clamp(max=torch.nextafter(within[:, -1], torch.zeros_like(target)))
     return span * SPAN + torch.searchsorted(within, rest[:, None], right=True).squeeze(1)
