@@ -41,12 +41,16 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 # On a machine with an NVIDIA GPU, with the torch and triton that are installed there.
+LOAD := requests=256 shortest=100 longest=1024 groups=32 budget=1024 peer_batch=256
 gpu:
 	PYTHONPATH=kernels:. $(PYTHON) -m pytest tests/gpu
 	PYTHONPATH=kernels:. $(PYTHON) -m bench.linear_logprob
 	PYTHONPATH=kernels:. $(PYTHON) -m bench.policy_loss
 	PYTHONPATH=kernels:. $(PYTHON) -m bench.linear_sample
 	PYTHONPATH=kernels:. $(PYTHON) -m bench.paged_attention
+	PYTHONPATH=kernels:. $(PYTHON) -m bench.sampler device=cuda shape=qwen3-0.6b $(LOAD)
+	PYTHONPATH=kernels:. $(PYTHON) -m bench.sampler device=cuda shape=qwen2-1.5b $(LOAD)
+	PYTHONPATH=kernels:. $(PYTHON) -m bench.sampler device=cuda shape=qwen3-4b $(LOAD)
 
 clean:
 	rm -rf .venv outputs build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,196 +1,165 @@
-"""How fast does the sampler write? `python -m bench.sampler [requests=64] [longest=256] [groups=8] [budget=256] [peers=1] [repeats=3]`
+"""How fast does the sampler write? `python -m bench.sampler [name=value ...]`
 
-A Qwen3-shaped model of 4 layers, 256 wide (4 query heads, 2 key/value heads of 64, vocabulary 4,096) with random weights, float32, on
-a CPU. Two workloads, with log-probs on and no stop token, so that every path writes the same number of useful tokens:
+    device=cpu        cpu | cuda
+    shape=small       small (Qwen3 of 4 layers, 256 wide, vocabulary 4,096) | tiny | qwen3-0.6b | qwen2-1.5b | qwen3-4b; random weights
+    requests=64       of the workload `uniform`: input and output lengths uniform in shortest .. longest, as in nano-vllm's benchmark, whose
+    shortest=51         own numbers are requests=256 shortest=100 longest=1024
+    longest=256
+    groups=8          of the workload `groups`: prompts of 300 tokens, 8 rollouts each, output lengths log-normal up to `budget`
+    budget=256
+    peers=1           0: none. 1: transformers' `generate`. 2: also its continuous batching, in a process that gets `limit_s` seconds
+    peer_batch=32     rows of a batch of `generate`
+    repeats=3         runs of ours; the median counts. Peers run once
+    limit_s=120
 
-    uniform   `requests` prompts with input and output lengths uniform in longest/5 .. longest (nano-vllm's benchmark, scaled)
-    groups    `groups` prompts of 300 tokens, 8 rollouts each, output lengths log-normal up to `budget` (bundles of BCR)
-
-Peers in the same run, on the same weights: `transformers` `generate` in batches of 32 in the order of the requests (a batch runs to its
-longest output; only useful tokens count) with log-probs, and, with peers=2, its continuous batching without them (needs psutil). Beside
-the tokens a second stands the share of the limit: the multiply-adds that cannot be avoided over the matmul rate, plus the keys and values
-that must be read over the copy rate, both measured in the same run. Peak memory is the rise of the resident set during a run.
+Every path writes the same number of useful tokens, for nothing stops before its budget, all with log-probs but where a row says otherwise.
+`limit`: the share of the least time that the workload could take (`limit_seconds` in `_sampler_work.py` has the formula) at the matmul and
+copy rates measured in the same run. Memory is the peak of a run above what stood before it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from bcr.model import Decoder, DecoderConfig, save_pretrained
+from bcr.model import Decoder, save_pretrained
 from bcr.runtime.host import settle_in
-from bcr.sampler import Request, Sampler, SamplingParams, engine
-from bench._protocol import _reset_peak, _resident_peak, matmul_peak, seconds_of
-
-GROUP, PROMPT, PEER_BATCH = 8, 300, 32
-NO_STOP = 10**9  # outside every vocabulary: a completion ends at its budget
-
-
-def small_qwen3() -> Decoder:
-    config = DecoderConfig(
-        vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
-    return Decoder(config).init_weights(0, std=0.1)
-
-
-def uniform(count: int, longest: int, rng: random.Random) -> tuple[list[Request], int]:
-    lengths = [(rng.randint(longest // 5, longest), rng.randint(longest // 5, longest)) for _ in range(count)]
-    return [Request(f"u{k}", [rng.randrange(4096) for _ in range(prompt)], new) for k, (prompt, new) in enumerate(lengths)], 1
-
-
-def grouped(count: int, budget: int, rng: random.Random) -> tuple[list[Request], int]:
-    """The rollouts of a group are equally long: a budget is a request's, and random weights never stop by themselves."""
-    prompts = [[rng.randrange(4096) for _ in range(PROMPT)] for _ in range(count)]
-    lengths = [max(1, min(budget, int(rng.lognormvariate(0, 0.6) * budget / 2))) for _ in prompts]
-    return [Request(f"g{k}", prompt, length) for k, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))], GROUP
+from bcr.sampler import Request, Sampler, SamplingParams, runner, sampling
+from bcr.sampler.invariance import check_invariance
+from bench import _sampler_peers as peers_of
+from bench._protocol import _reset_peak, _resident_peak, copy_rate, matmul_peak, seconds_of
+from bench._sampler_work import NO_STOP, apart, decoder, grouped, limit_seconds, uniform
 
 
 class Watched:
-    """Runs of the sampler, with the time to each request's first token and the number of decoding steps."""
+    """Runs of the sampler, with the time to each rollout's first token as the host reads it, and the number of steps."""
 
     def __init__(self, model: Decoder, **options: Any) -> None:
         self.sampler = Sampler(model, **options)
 
-    def run(self, requests: Sequence[Request], n: int) -> dict[str, float]:
-        steps: list[float] = []
+    def __call__(self, requests: Sequence[Request], n: int) -> dict[str, float]:
+        moments: list[float] = []
         first: dict[int, float] = {}
-        step = Sampler._step
+        read = runner.Step.read
 
-        def timed(sampler: Sampler, plan: engine.Plan, *rest: Any) -> engine.Step:
-            done = step(sampler, plan, *rest)
-            steps.append(time.perf_counter())
-            for draft in plan.live:
-                first.setdefault(id(draft), steps[-1])
-            return done
+        def timed(step: runner.Step) -> tuple[list[int], list[float]]:
+            found = read(step)
+            moments.append(time.perf_counter())
+            for draft in step.drafts:
+                first.setdefault(id(draft), moments[-1])
+            return found
 
-        Sampler._step = timed  # type: ignore[method-assign]
-        try:
+        with mock.patch.object(runner.Step, "read", timed):
             begun = time.perf_counter()
             groups = self.sampler.generate(requests, SamplingParams(1.0, n, (NO_STOP,)))
             seconds = time.perf_counter() - begun
-        finally:
-            Sampler._step = step  # type: ignore[method-assign]
         tokens = sum(len(rollout.token_ids) for group in groups for rollout in group)
         assert tokens == n * sum(request.max_new_tokens for request in requests)
-        waits = [moment - begun for moment in first.values()]
-        return {"tokens": tokens, "seconds": seconds, "steps": len(steps), "first_token": statistics.median(waits)}
+        wait = statistics.median(moment - begun for moment in first.values())
+        return {"tokens": tokens, "seconds": seconds, "steps": len(moments), "first_token": wait}
 
 
-@torch.no_grad()
-def transformers_generate(peer: PreTrainedModel, requests: Sequence[Request], n: int) -> dict[str, float]:
-    """Batches in the order of the requests, padded on the left, each until its longest output is written."""
-    rows = [request for request in requests for _ in range(n)]
-    torch.manual_seed(0)
-    begun, steps = time.perf_counter(), 0
-    for start in range(0, len(rows), PEER_BATCH):
-        batch = rows[start : start + PEER_BATCH]
-        width, new = max(len(row.prompt_ids) for row in batch), max(row.max_new_tokens for row in batch)
-        ids = torch.tensor([[0] * (width - len(row.prompt_ids)) + row.prompt_ids for row in batch])
-        mask = torch.tensor([[0] * (width - len(row.prompt_ids)) + [1] * len(row.prompt_ids) for row in batch])
-        out = peer.generate(
-            ids,
-            attention_mask=mask,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=True,
-            top_k=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        for logits, token in zip(out.logits, out.sequences[:, width:].T, strict=True):
-            torch.log_softmax(logits, -1).gather(1, token[:, None])
-        steps += new
-    return {"tokens": sum(row.max_new_tokens for row in rows), "seconds": time.perf_counter() - begun, "steps": steps}
+@contextlib.contextmanager
+def without_logprobs() -> Iterator[None]:
+    with mock.patch.object(sampling, "logprob_of_logits", lambda logits, tokens: logits[:, 0]):
+        yield
 
 
-def transformers_continuous(peer: PreTrainedModel, requests: Sequence[Request], n: int) -> dict[str, float]:
-    """Its continuous batching takes one budget for all: requests of like budget go together, in four parts; useful tokens count."""
-    rows = sorted((request for request in requests for _ in range(n)), key=lambda row: row.max_new_tokens)
-    quarter = -(-len(rows) // 4)
-    begun = time.perf_counter()
-    for start in range(0, len(rows), quarter):
-        part = rows[start : start + quarter]
-        settings = GenerationConfig(max_new_tokens=part[-1].max_new_tokens, do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0)
-        out = peer.generate_batch([row.prompt_ids for row in part], generation_config=settings, progress_bar=False)
-        assert len(out) == len(part)
-    return {"tokens": sum(row.max_new_tokens for row in rows), "seconds": time.perf_counter() - begun}
-
-
-def limit_seconds(model: Decoder, requests: Sequence[Request], n: int, flops: float, bytes_per_s: float) -> float:
-    """Arithmetic of every token that must go through the model once (a group's prompt once), and each new token's keys and values read."""
-    config = model.config
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.embed_tokens.weight.numel()
-    head = model.head_weight.numel()
-    place = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-    share = config.num_attention_heads // config.num_key_value_heads
-    arithmetic = traffic = 0.0
-    for request in requests:
-        prompt, new = len(request.prompt_ids), request.max_new_tokens
-        read = n * sum(range(prompt, prompt + new)) * place
-        arithmetic += 2 * matrices * (prompt - 1 + n * new) + 2 * head * n * new + 2 * share * read / 4
-        traffic += read
-    return arithmetic / flops + traffic / bytes_per_s
-
-
-def measured(name: str, run: Callable[[], dict[str, float]], limit: float, repeats: int) -> dict[str, Any]:
-    before = _reset_peak("cpu")
+def measured(name: str, run: Callable[[], dict[str, float] | str], limit: float, repeats: int, device: str) -> dict[str, Any]:
+    before = _reset_peak(device)
     results = [run() for _ in range(repeats)]
-    best = sorted(results, key=lambda result: result["seconds"])[len(results) // 2]
-    seconds = best["seconds"]
-    record = {"name": name, **best, "tokens_per_s": best["tokens"] / seconds, "limit": limit / seconds, "bytes": _resident_peak() - before}
-    rate = f"{best['steps'] / seconds:8.1f}" if "steps" in best else f"{'':8}"
-    wait = f"{best['first_token']:10.3f}" if "first_token" in best else f"{'':10}"
+    if isinstance(results[0], str):
+        print(f"  {name:38} {results[0]}", flush=True)
+        return {"name": name, "missing": results[0]}
+    middle = sorted(results, key=lambda result: result["seconds"])[len(results) // 2]  # type: ignore[index]
+    assert not isinstance(middle, str)
+    seconds = middle["seconds"]
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _resident_peak()
+    record = {"name": name, **middle, "tokens_per_s": middle["tokens"] / seconds, "limit": limit / seconds, "bytes": peak - before}
+    rate = f"{middle['steps'] / seconds:8.1f}" if "steps" in middle else f"{'':8}"
+    wait = f"{middle['first_token']:10.3f}" if "first_token" in middle else f"{'':10}"
     print(f"  {name:38} {record['tokens_per_s']:10,.0f} {rate} {wait} {record['limit']:8.0%} {record['bytes'] / 1e6:10,.0f}", flush=True)
     return record
 
 
-def main(requests: int = 64, longest: int = 256, groups: int = 8, budget: int = 256, peers: int = 1, repeats: int = 3) -> None:
+def case(name: str, ours: Watched, work: list[Request], n: int, limit: float, options: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Ours, its variants and its peers on one workload."""
+    device, repeats = options["device"], options["repeats"]
+    print(f"\n{name}: {len(work)} requests x {n}, {n * sum(request.max_new_tokens for request in work):,} tokens to write")
+    print(f"  {'':38} {'tokens/s':>10} {'steps/s':>8} {'1st token':>10} {'limit':>8} {'MB':>10}")
+    ours(work[:2], n)
+    results = [measured("bcr.sampler", lambda: ours(work, n), limit, repeats, device)]
+    held = ours.sampler._cache
+    assert held is not None
+    memory = {"weights": sum(p.nbytes for p in ours.sampler.model.parameters()), "cache": held.memory.nbytes}
+    if device == "cpu":  # on CUDA the kernel that draws a token gives its log-prob on the way
+        with without_logprobs():
+            results.append(measured("bcr.sampler, no log-probs", lambda: ours(work, n), limit, repeats, device))
+    if n > 1:
+        lone = apart(work, n)
+        results.append(measured("bcr.sampler, no fork", lambda: ours(lone, 1), limit, repeats, device))
+    ours.sampler.release_cache()
+    if options["peers"]:
+        peer = peers_of.load(folder, device)
+        run = lambda: peers_of.generate(peer, work, n, options["peer_batch"])  # noqa: E731
+        theirs = [measured("transformers generate", run, limit, 1, device)]
+        del peer
+        if options["peers"] > 1:
+            name = "transformers continuous batching"
+            theirs.append(measured(name, lambda: peers_of.continuous(folder, device, work, n, options["limit_s"]), limit, 1, device))
+        fastest = max(result["tokens_per_s"] for result in theirs if "missing" not in result)
+        print(f"  {results[0]['tokens_per_s'] / fastest:.1f} times the faster peer")
+        results += theirs
+    print("  " + ", ".join(f"{part} {size / 1e6:,.0f} MB" for part, size in memory.items()))
+    return {"case": name, "results": results, "memory": memory}
+
+
+def main(**given: Any) -> None:
+    defaults: dict[str, Any] = {
+        "device": "cpu", "shape": "small", "requests": 64, "shortest": 51, "longest": 256, "groups": 8, "budget": 256, "peers": 1,
+        "peer_batch": 32, "repeats": 3, "limit_s": 120,
+    }  # fmt: skip
+    if unknown := sorted(set(given) - set(defaults)):
+        raise ValueError(f"{unknown[0]!r} is no argument of this bench; it takes {', '.join(defaults)}.")
+    options = {key: type(value)(given.get(key, value)) for key, value in defaults.items()}
+    device = options["device"]
     settle_in(None)
-    model, rng = small_qwen3(), random.Random(0)
+    model, rng = decoder(options["shape"], device), random.Random(0)
+    vocabulary = model.config.vocab_size
+    flops, bytes_per_s = matmul_peak(device, model.head_weight.dtype), copy_rate(device)
+    print(
+        f"{options['shape']} on {device}, {torch.get_num_threads()} threads, {flops / 1e9:,.0f} GFLOP/s, {bytes_per_s / 1e9:,.1f} GB/s copied"
+    )
+    check = seconds_of(lambda: check_invariance(model, 16), device) if device == "cpu" else None
+    if check is not None:
+        print(f"asking the machine whether it keeps rows apart, once a sampler: {1e3 * check:.0f} ms; no switch changes the arithmetic")
+    work = {
+        "uniform": uniform(options["requests"], options["shortest"], options["longest"], vocabulary, rng),
+        "groups": grouped(options["groups"], options["budget"], vocabulary, rng),
+    }
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder)
-        peer = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
-    flops = matmul_peak("cpu", torch.float32)
-    block = torch.zeros(2**26)
-    bytes_per_s = 2 * block.nbytes / min(seconds_of(lambda: block.clone(), "cpu") for _ in range(6))
-    print(f"{torch.get_num_threads()} threads, {flops / 1e9:.0f} GFLOP/s, {bytes_per_s / 1e9:.1f} GB/s copied")
-    cases = []
-    for name, (work, n) in {"uniform": uniform(requests, longest, rng), "groups": grouped(groups, budget, rng)}.items():
-        limit = limit_seconds(model, work, n, flops, bytes_per_s)
-        print(f"\n{name}: {len(work)} requests x {n}")
-        print(f"  {'':38} {'tokens/s':>10} {'steps/s':>8} {'1st token':>10} {'limit':>8} {'MB':>10}")
-        ours = Watched(model)
-        ours.run(work[:2], n)
-        results = [measured("bcr.sampler", lambda work=work, n=n, ours=ours: ours.run(work, n), limit, repeats)]
-        if peers:
-            rows = {"transformers generate": transformers_generate}
-            if peers > 1:
-                rows["transformers continuous batching"] = transformers_continuous
-            for title, run in rows.items():
-                results.append(measured(title, lambda run=run, work=work, n=n: run(peer, work, n), limit, 1))
-            fastest = max(result["tokens_per_s"] for result in results[1:])
-            print(f"  {results[0]['tokens_per_s'] / fastest:.1f} times the faster peer")
-        cases.append({"case": name, "results": results})
-    machine = {"device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__, "flops": flops, "bytes_per_s": bytes_per_s}
-    print(json.dumps({"bench": "sampler", **machine, "cases": cases}))
+        if options["peers"]:
+            save_pretrained(model, folder)
+        ours = Watched(model, **({} if device == "cpu" else {"cache_mb": 32768, "step_tokens": 8192}))
+        cases = [
+            case(name, ours, requests, n, limit_seconds(model, requests, n, flops, bytes_per_s), options, folder)
+            for name, (requests, n) in work.items()
+            if requests
+        ]
+    rates = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "flops": flops, "bytes_per_s": bytes_per_s}
+    machine = {**rates, "threads": torch.get_num_threads(), "torch": torch.__version__, "check_seconds": check}
+    print(json.dumps({"bench": "sampler", "options": options, **machine, "cases": cases}))
 
 
 if __name__ == "__main__":
-    main(**{key: int(value) for key, value in (argument.split("=") for argument in sys.argv[1:])})
+    main(**dict(argument.split("=") for argument in sys.argv[1:]))

@@ -21,7 +21,7 @@ from bcr.sampler.scheduler import Chunk
 
 @dataclass(frozen=True)
 class Run:
-    """Decoding rows `rows` that are attended to together: `length` places of each are read, `unseen` [R,1,1,U] of the last U are not theirs."""
+    """Decoding rows `rows` that are attended to together: `length` places of each are read, `unseen` [R,1,1,U] of the last U not."""
 
     rows: slice
     blocks: slice | Tensor  # a stretch of the cache, read in place; or a table [R,W] of small blocks to gather
