@@ -23,6 +23,11 @@ def test_problems_a_step_are_matched(name: str) -> None:
     assert problems == (42 if name in MIXED else PROBLEMS)
 
 
+def test_the_documents_name_every_recipe() -> None:
+    table = (config_folder().parent / "docs" / "recipes.md").read_text()
+    assert [name for name in RECIPES if f"`{name}`" not in table] == []
+
+
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in MIXED])
 def test_every_rival_runs(tmp_path, name: str) -> None:
     train(prepare(compose("train", [f"experiment={name}", f"output={tmp_path}", *SMALL], TrainConfig)))
