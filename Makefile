@@ -51,6 +51,7 @@ gpu:
 	PYTHONPATH=kernels:. $(PYTHON) -m bench.sampler device=cuda shape=qwen3-0.6b $(LOAD)
 	PYTHONPATH=kernels:. $(PYTHON) -m bench.sampler device=cuda shape=qwen2-1.5b $(LOAD)
 	PYTHONPATH=kernels:. $(PYTHON) -m bench.sampler device=cuda shape=qwen3-4b $(LOAD)
+	PYTHONPATH=kernels:. $(PYTHON) -m bench.train_step learner
 
 clean:
 	rm -rf .venv outputs build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

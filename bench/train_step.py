@@ -1,99 +1,40 @@
-"""Where an RL step of the demo goes: `python -m bench.train_step [repeats]`.
+"""What a training step costs: `python -m bench.train_step [rl] [demo] [learner] [repeats=3] [micro_batch=64]`.
 
-Fixed work: the shipped base, the same twelve bundles each time (weights are put back). One warm-up, then the median. Beside each phase
-stands its arithmetic limit: the multiply-adds that it cannot avoid over the matmul rate measured in the same run.
+    rl        a whole RL step on fixed prompts and lengths, on a CPU; TRL's GRPOTrainer in the same run where trl and accelerate can be
+              imported, each library in a process of its own with its peak resident set (`bench/_rl_step.py` says what the work is)
+    demo      a step of the demo's training on a CPU, by phase, with a profile
+    learner   one update from packs of 16,384 tokens in the shape of Qwen3-0.6B, with MFU: for CUDA
+
+Without a name: rl and demo, or where CUDA is, learner. Limits are the multiply-adds that cannot be avoided over the matmul rate
+measured in the same run. `micro_batch`: the rollouts of one of TRL's passes. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import tempfile
-import time
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from bcr.learner.credit import make_examples
-from bcr.learner.losses import Denominators
-from bcr.learner.packs import make_pack, pack_examples
-from bcr.learner.step import optimizer_step
-from bcr.runtime.clock import Clock
-from bcr.runtime.config import compose
-from bcr.runtime.schema import TrainConfig
-from bcr.sampler import Sampler
-from bcr.tasks.bundles import as_request
-from bcr.tasks.grader_pool import GraderPool
-from bcr.tasks.judging import judge
-from bcr.train import Run, prepare
+from bcr.runtime.host import settle_in
+from bench._demo_step import demo
+from bench._learner_step import learner
+from bench._protocol import default_device
+from bench._rl_step import compare
 
 
-def matmul_peak(size: int = 1024, repeats: int = 9) -> float:
-    """FLOP/s of a float32 matrix product, the median."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    seconds = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        torch.mm(a, b)
-        seconds.append(time.perf_counter() - begun)
-    return 2 * size**3 / statistics.median(seconds)
-
-
-def one_step(run: Run, sampler: Sampler, pool: GraderPool, clock: Clock) -> dict[str, int]:
-    """The body of `bcr.train.train`; returns how many tokens went through the model."""
-    config = run.config
-    run.rollouts.bundles.load_state_dict({"bundles_made": 0, "problems_consumed": 0})
-    optimizer = config.optimizer.build(run.task.model)
-    with clock("sampling"):
-        bundles = run.rollouts.bundles.take(config.bundles.per_step)
-        groups = sampler.generate([as_request(bundle) for bundle in bundles], run.rollouts.params)
-    with clock("grading"):
-        examples = make_examples(judge(bundles, groups, run.task.dialect, pool), config.advantage, config.reward)
-    with clock("learning"):
-        total = Denominators.of(example.segments for example in examples)
-        live = [example for example in examples if example.has_signal]
-        packs = (make_pack(pack, config.loss, total) for pack in pack_examples(live, config.optimizer.pack_tokens))
-        optimizer_step(run.task.model, optimizer, packs, config.loss.rule(), temperature=1.0, lr=config.optimizer.lr, grad_clip=1.0)
-    sampled = sum(len(rollout.token_ids) for group in groups for rollout in group)
-    prefilled = sum(len(bundle.prompt_ids) for bundle in bundles)
-    return {"sampled": sampled, "prefilled": prefilled, "learned": sum(example.length for example in live)}
-
-
-def main(repeats: int = 5) -> None:
-    with tempfile.TemporaryDirectory() as folder, GraderPool(1) as pool:
-        run = prepare(compose("train", [f"output={folder}", "device=cpu"], TrainConfig))
-        model = run.task.model
-        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        sampler, clock = Sampler(model), Clock()
-        seconds: dict[str, list[float]] = {}
-        for repeat in range(repeats + 1):
-            model.load_state_dict(start)
-            tokens = one_step(run, sampler, pool, clock)
-            if repeat:
-                for phase, value in clock.seconds.items():
-                    seconds.setdefault(phase, []).append(value)
-        model.load_state_dict(start)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            one_step(run, sampler, pool, Clock())
-
-    matrix = sum(p.numel() for p in model.parameters() if p.dim() == 2) - model.embed_tokens.weight.numel()
-    flops = {
-        "sampling": 2 * matrix * (tokens["sampled"] + tokens["prefilled"]),
-        "grading": 0,
-        "learning": 6 * matrix * tokens["learned"],
+def main(*arguments: str) -> None:
+    options = {"repeats": 3, "micro_batch": 64} | {name: int(value) for name, _, value in (a.partition("=") for a in arguments) if value}
+    asked = [argument for argument in arguments if "=" not in argument] or (["learner"] if default_device() == "cuda" else ["rl", "demo"])
+    settle_in(None)
+    workloads = {
+        "rl": lambda: compare(options["repeats"], options["micro_batch"]),
+        "demo": lambda: demo(options["repeats"]),
+        "learner": lambda: learner(default_device(), options["repeats"]),
     }
-    peak = matmul_peak()
-    median = {phase.removeprefix("seconds_"): statistics.median(values) for phase, values in seconds.items()}
-    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=12, max_name_column_width=45))
-    work = f"{tokens['sampled']} tokens sampled, {tokens['learned']} learned from"
-    print(f"{work}; {torch.get_num_threads()} threads, {peak / 1e9:.0f} GFLOP/s\n")
-    print(f"{'phase':10s} {'seconds':>8s} {'limit':>8s} {'share':>6s}")
-    for phase, value in median.items():
-        print(f"{phase:10s} {value:8.3f} {flops[phase] / peak:8.3f} {flops[phase] / peak / value:6.0%}")
-    print(f"{'step':10s} {sum(median.values()):8.3f}")
-    print(json.dumps({"seconds": median, "step": sum(median.values()), **tokens, "flops": flops, "matmul_flops_per_s": peak}))
+    results = {name: workloads[name]() for name in asked}
+    print(json.dumps({"bench": "train_step", "threads": torch.get_num_threads(), "torch": torch.__version__, **results}))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*sys.argv[1:])
