@@ -137,9 +137,8 @@ def main(**given: Any) -> None:
     model, rng = decoder(options["shape"], device), random.Random(0)
     vocabulary = model.config.vocab_size
     flops, bytes_per_s = matmul_peak(device, model.head_weight.dtype), copy_rate(device)
-    print(
-        f"{options['shape']} on {device}, {torch.get_num_threads()} threads, {flops / 1e9:,.0f} GFLOP/s, {bytes_per_s / 1e9:,.1f} GB/s copied"
-    )
+    rates = f"{flops / 1e9:,.0f} GFLOP/s, {bytes_per_s / 1e9:,.1f} GB/s copied"
+    print(f"{options['shape']} on {device}, {torch.get_num_threads()} threads, {rates}")
     check = seconds_of(lambda: check_invariance(model, 16), device) if device == "cpu" else None
     if check is not None:
         print(f"asking the machine whether it keeps rows apart, once a sampler: {1e3 * check:.0f} ms; no switch changes the arithmetic")
@@ -156,8 +155,8 @@ def main(**given: Any) -> None:
             for name, (requests, n) in work.items()
             if requests
         ]
-    rates = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "flops": flops, "bytes_per_s": bytes_per_s}
-    machine = {**rates, "threads": torch.get_num_threads(), "torch": torch.__version__, "check_seconds": check}
+    found = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "flops": flops, "bytes_per_s": bytes_per_s}
+    machine = {**found, "threads": torch.get_num_threads(), "torch": torch.__version__, "check_seconds": check}
     print(json.dumps({"bench": "sampler", "options": options, **machine, "cases": cases}))
 
 
