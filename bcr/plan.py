@@ -110,6 +110,7 @@ def load_of(config: PlanConfig, shape: DecoderConfig) -> Load:
     """The largest N is planned for, with every rollout as long as its budget."""
     size = max(config.bundles.sizes)
     budget = Budget(config.bundles.budget, config.bundles.budget_per_problem)
+    adapter = config.model.lora.adapter(config.model.path)
     return Load(
         weight_bytes=4 if config.model.dtype == "float32" else 2,
         checkpointing=config.model.activation_checkpointing,
@@ -121,6 +122,7 @@ def load_of(config: PlanConfig, shape: DecoderConfig) -> Load:
         cache_bytes=config.sampling.cache_mb * 2**20,
         devices=config.gpus,
         group=config.bundles.group,
+        trained=adapter.numbers(shape) if adapter else None,
     )
 
 

@@ -52,6 +52,7 @@ class Load:
     cache_bytes: float  # the most that keys and values may take on one device
     devices: int = 1
     group: int = 1  # rollouts of one bundle, sampled on one device
+    trained: float | None = None  # numbers of low-rank adapters, the weights being frozen; None: the weights themselves are trained
     shard: int | None = None  # devices that share one copy of masters, moments and gradients; None: all (HSDP has fewer)
 
     @property
@@ -155,7 +156,8 @@ def slots(config: DecoderConfig, load: Load) -> int:
 
 def memory(config: DecoderConfig, load: Load) -> dict[str, float]:
     """Bytes by part on one device. With several, masters, moments and gradients are sharded (FSDP) and the sampler has whole weights."""
-    count, share = parameters(config), parameters(config) / load.sharded
+    count = parameters(config) + (load.trained or 0)
+    share = (count if load.trained is None else load.trained) / load.sharded
     embedding = config.vocab_size * config.hidden_size
     sharded = load.devices > 1
     narrow = load.weight_bytes < 4
@@ -166,7 +168,8 @@ def memory(config: DecoderConfig, load: Load) -> dict[str, float]:
         "moments": STATE_BYTES * share,
         "gradients": 4 * share + (load.weight_bytes * gathered if sharded else 0),
         "activations": activations(config, load),
-        "head": 4 * embedding + 8 * load.places * config.hidden_size,  # float32 gradients of its weight and of hidden
+        # float32 gradients of its weight, where that is trained, and of hidden
+        "head": (4 * embedding if load.trained is None else 0) + 8 * load.places * config.hidden_size,
         "KV cache": (slots(config, load) + 1) * kv_bytes(config, load),
         "logits while sampling": LOGITS_BYTES * slots(config, load) * config.vocab_size,
         "sampler copy": load.weight_bytes * count if sharded else 0,
@@ -204,10 +207,12 @@ def sampling_seconds(config: DecoderConfig, load: Load, device: Device) -> float
 
 def learning_seconds(config: DecoderConfig, load: Load, device: Device) -> float:
     """The arithmetic of the device's rollouts at the assumed share of the peak, on top what its passes take however small they are. With
-    checkpointing the layers run forward once more; the head meets the completions alone and has no such pass."""
-    own, passes = -(-load.rollouts // load.devices), 4 if load.checkpointing else 3
+    checkpointing the layers run forward once more; the head meets the completions alone and has no such pass. Frozen weights need no
+    gradient, a third of the arithmetic; what adapters of low rank add is left out."""
+    own, trains = -(-load.rollouts // load.devices), 3 if load.trained is None else 2
+    passes = trains + load.checkpointing
     body = passes * own * load.length * forward_flop(config, load.length)
-    head = 3 * own * load.budget * 2 * config.vocab_size * config.hidden_size
+    head = trains * own * load.budget * 2 * config.vocab_size * config.hidden_size
     fixed = passes * packs(load) * fixed_seconds(config, load.places, device)
     return (body + head) / (device.tflops * 1e12) / device.learning + fixed
 

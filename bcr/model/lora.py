@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bcr.model.decoder import Decoder
+from bcr.model.decoder import Decoder, DecoderConfig
 from bcr.model.weights import FUSED, part_sizes, read_tensors, stored_tensors
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -83,6 +83,13 @@ class Adapter:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def numbers(self, config: DecoderConfig) -> int:
+        """How many numbers are trained in a dense decoder of these sizes."""
+        hidden, inner = config.hidden_size, config.intermediate_size
+        query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        both = {"q_proj": query, "k_proj": key, "v_proj": key, "o_proj": query, "gate_proj": inner, "up_proj": inner, "down_proj": inner}
+        return config.num_hidden_layers * self.rank * sum(hidden + both[target] for target in self.targets)
 
 
 class LoraLinear(nn.Linear):

@@ -153,6 +153,10 @@ def test_parts_follow_from_the_settings():
     sharded = memory(BASE, replace(LOAD, weight_bytes=2, devices=4))
     assert sharded["moments"] == narrow["moments"] / 4
     assert sharded["sampler copy"] == narrow["weights"]
+    adapted = memory(BASE, replace(LOAD, weight_bytes=2, trained=1000))
+    assert [adapted[part] for part in ("masters", "moments", "gradients")] == [4000, 8000, 4000]
+    assert adapted["weights"] == narrow["weights"] + 2000
+    assert adapted["head"] == narrow["head"] - 4 * BASE.vocab_size * BASE.hidden_size
     deep = replace(BASE, num_hidden_layers=32)
     assert activations(deep, replace(LOAD, checkpointing=True)) < 0.2 * activations(deep, LOAD)
 

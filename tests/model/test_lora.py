@@ -147,6 +147,8 @@ def test_the_optimizer_holds_the_adapters_alone_and_the_base_stays(dtype: torch.
     kept = [value for owner in owners for value in optimizer.state[owner].values() if value.dim()] + [*optimizer.master_of.values()]
     hidden, inner, query, rank, layers = 64, 96, 64, 2, 2
     numbers = layers * rank * (hidden + query + inner + hidden)
+    assert model.adapter is not None
+    assert model.adapter.numbers(model.config) == numbers
     assert sum(tensor.nbytes for tensor in kept) == numbers * (8 if dtype == torch.float32 else 12)
     assert sum(weight.numel() for weight in owners) == numbers
     moved = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}

@@ -5,7 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from bcr.model import Decoder
+from bcr.model.lora import TARGETS, Adapter, attach
 from bcr.plan import PlanConfig, prepare, run
 from bcr.runtime.config import compose, config_folder
 from bcr.tasks.bundles import Budget
@@ -29,6 +32,16 @@ def test_every_recipe_is_planned(recipe, control, gpus):
     plan = planned(*overrides)
     assert plan.load.devices == gpus
     assert plan.load.weight_bytes == 2
+
+
+def test_adapters_are_planned_for_a_small_gpu():
+    """Where training the weights themselves, with all else the same, does not fit."""
+    plan = planned("experiment=qwen3_0.6b_lora", "+gpu=rtx_4090")
+    with torch.device("meta"):
+        model = attach(Decoder(plan.shape), Adapter(32, 64.0, TARGETS))
+    assert plan.load.trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    with pytest.raises(ValueError, match="the run needs"):
+        planned("experiment=qwen3_0.6b_lora", "+gpu=rtx_4090", "model.lora.rank=null", "model.lora.alpha=null")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
