@@ -13,10 +13,16 @@ Summary = Mapping[str, Any]
 Difference = Mapping[str, Any]
 
 COLLAPSED = 0.5  # a seed that keeps less than this share of the base's accuracy, where it was trained
-WORDS = {  # quantity -> what a positive and a negative difference are called, the scale and the unit
-    "accuracy": ("more accurate", "less accurate", 100.0, " points"),
-    "tokens": ("longer", "shorter", 1.0, " tokens a problem"),
-    "shared": ("more accurate under 110 tokens for all N together", "less accurate under 110 tokens for all N together", 100.0, " points"),
+WORDS = {  # quantity -> what a positive, a negative and no difference are called, the scale and the unit
+    "accuracy": ("more accurate", "less accurate", "no difference in accuracy shown", 100.0, " points"),
+    "tokens": ("longer", "shorter", "no difference in length shown", 1.0, " tokens a problem"),
+    "shared": (
+        "with 110 tokens for all N together more accurate",
+        "with 110 tokens for all N together less accurate",
+        "with 110 tokens for all N together no difference in accuracy shown",
+        100.0,
+        " points",
+    ),
 }
 
 
@@ -40,10 +46,10 @@ def findings(summary: Summary) -> list[str]:
     return [*said, *of_lengths(summary), *of_collapse(summary)]
 
 
-def of_comparison(summary: Summary, comparison: Summary) -> str:
+def of_comparison(summary: Summary, comparison: Summary, quantities: Sequence[str] = ("accuracy", "tokens")) -> str:
     """At which N one is more accurate, or shorter, than its control, and by how much."""
     one, control = (summary["cells"][comparison[side]]["label"] for side in ("one", "control"))
-    parts = [profile(comparison, quantity) for quantity in WORDS if quantity in next(iter(comparison["sizes"].values()))]
+    parts = [profile(comparison, quantity) for quantity in quantities if quantity in next(iter(comparison["sizes"].values()))]
     return f"{one} against {control} ({seeds(comparison['seeds'])}): {'; '.join(parts)}."
 
 
@@ -52,19 +58,18 @@ def profile(comparison: Summary, quantity: str) -> str:
 
     >>> up, none = {"difference": [2.0, 1.0, 3.0], "by_seed": [2.0]}, {"difference": [1.0, -1.0, 3.0], "by_seed": [1.0]}
     >>> profile({"sizes": {"1": {"tokens": up}, "2": {"tokens": up}, "3": {"tokens": none}}}, "tokens")
-    'longer at N = 1, 2 (+2.0 tokens a problem), not shown at N = 3 (+1.0)'
+    'longer at N = 1, 2 (+2.0 tokens a problem), no difference shown at N = 3 (+1.0)'
+    >>> profile({"sizes": {"1": {"tokens": up}, "2": {"tokens": up}}}, "tokens")
+    'longer at every N (+2.0 tokens a problem)'
     """
-    more, less, scale, unit = WORDS[quantity]
+    more, less, same, scale, unit = WORDS[quantity]
     parts: list[str] = []
-    for kind, word in ((1, more), (-1, less), (0, "not shown")):
+    for kind, word in ((1, more), (-1, less), (0, "no difference shown")):
         found = {size: at[quantity] for size, at in comparison["sizes"].items() if direction(at[quantity]) == kind}
-        if not found:
-            continue
-        values = [scale * difference["difference"][0] for difference in found.values()]
-        name = word if kind or parts else f"no difference in {'length' if quantity == 'tokens' else 'accuracy'} shown"
-        if quantity == "shared" and not kind and not parts:
-            name += " under 110 tokens for all N together"
-        parts.append(f"{name} at N = {', '.join(found)} ({span(values)}{unit if len(parts) == 0 else ''})")
+        if found:
+            where = "every N" if len(found) == len(comparison["sizes"]) > 1 else f"N = {', '.join(found)}"
+            values = span([scale * difference["difference"][0] for difference in found.values()])
+            parts.append(f"{word if kind or parts else same} at {where} ({values}{'' if parts else unit})")
     return ", ".join(parts)
 
 

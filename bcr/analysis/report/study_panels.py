@@ -13,13 +13,15 @@ from bcr.analysis.study_findings import direction, signed
 
 Summary = Mapping[str, Any]
 
-HUES = ("bcr", "grpo", "same-cap", "bcr-tight", "penalty")  # colours of the page, for the cells other than the base, in turn
+MAIN, OTHERS = "bcr", ("grpo", "same-cap", "bcr-tight", "penalty")  # colours of the page: the first cell's, and those of the others in turn
 ROW, NAMES = 26, 110  # pixels: the height of a row, the room for names
 
 
 def colour_of(summary: Summary, name: str) -> str:
-    others = [other for other in summary["cells"] if other != "base"]
-    return "base" if name == "base" else HUES[others.index(name) % len(HUES)]
+    if name == "base":
+        return "base"
+    place = [other for other in summary["cells"] if other != "base"].index(name)
+    return OTHERS[(place - 1) % len(OTHERS)] if place else MAIN
 
 
 def accuracy_against_tokens(summary: Summary) -> Markup:
