@@ -131,6 +131,25 @@ def long_recipe(summary: Summary) -> list[str]:
     ]
 
 
+def fragile(summary: Summary) -> list[str]:
+    """Where a seed is clearly less accurate than the base at some N: what training at few N costs at others."""
+    base = summary["cells"]["base"]["sizes"]
+    said = []
+    for name, cell in summary["cells"].items():
+        lost = [
+            f"N = {size} ({100 * min(at['by_seed']['accuracy']):.0f} %)"
+            for size, at in cell["sizes"].items()
+            if min(at["by_seed"]["accuracy"]) < base[size]["accuracy"][0] - FRAGILE
+        ]
+        if name != "base" and lost:
+            said.append(f"{cell['label']} at {', '.join(lost)}")
+    what = f"more than {100 * FRAGILE:.0f} points below the base, in its worst seed"
+    return [f"Cells that fall {what}: {'; '.join(said)}." if said else f"No cell falls {what}, at any N."]
+
+
+FRAGILE = 0.05
+
+
 def own_choices(summary: Summary) -> list[str]:
     return between(summary, ("n2", "bcr"), ("n4", "bcr"), ("n5", "bcr"), ("roomy", "bcr"))
 
@@ -150,9 +169,9 @@ def cliff(summary: Summary) -> list[str]:
     safe, fallen = [weight for weight, share in lost.items() if share == 0], [weight for weight, share in lost.items() if share > 0]
     said = []
     if safe and fallen:
-        edge = max((weight for weight in safe if weight < min(fallen)), default=0.0)
+        edge, share = max((weight for weight in safe if weight < min(fallen)), default=0.0), lost[min(fallen)]
         said.append(
-            f"The cliff lies between the weights {edge:g}, at which no seed collapses, and {min(fallen):g}, at which {lost[min(fallen)]:.0%} do."
+            f"The cliff lies between the weights {edge:g}, where no seed collapses, and {min(fallen):g}, where {share:.0%} of them do."
         )
     said += of_collapse(summary)
     others = [name for name in summary["cells"] if name.startswith("penalty_2_")]
@@ -184,6 +203,7 @@ QUESTIONS: dict[str, Callable[[Summary], list[str]]] = {
     "against_rewards": against_rewards,
     "lengths": of_lengths,
     "long_recipe": long_recipe,
+    "fragile": fragile,
     "own_choices": own_choices,
     "credit": credit,
     "problems": problems,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bcr import demo, difficulty, evaluate, plan, solve, train, warmstart
+from bcr import demo, difficulty, evaluate, plan, solve, study, train, warmstart
 from bcr.report import write_report
 from bcr.runtime.config import compose
 from bcr.runtime.schema import DifficultyConfig, EvaluateConfig, TrainConfig
@@ -29,8 +29,9 @@ PROGRAMS = {
     "warmstart": (warmstart.WarmStartConfig, warmstart.prepare, warmstart.run),
     "solve": (solve.SolveConfig, solve.prepare, solve.run),
     "demo": (demo.DemoConfig, demo.prepare, demo.run),
+    "study": (study.StudyConfig, study.prepare, study.run),
 }
-CONFIGS = {"plan": "train"}  # planning takes a training's config
+CONFIGS = {"plan": "train", "study": "study/study"}  # planning takes a training's config
 SMALL = {  # what makes a run short without changing what it does
     "train": ["steps=1", "bundles.per_step=1", "bundles.group=2", "sampling.row_block=8", "threads=1", "output=new"],
     "evaluate": ["problems=6", "sampling.row_block=8", "threads=1"],
@@ -40,6 +41,7 @@ SMALL = {  # what makes a run short without changing what it does
     "solve": ["n=1", "sampling.row_block=8", "threads=1"],
     "demo": ["steps=1", "problems=12", "rival_problems=12", "sizes=[1,3]", "threads=1"],
 }
+ELSEWHERE = "device=cuda|bcr.report|bcr.results|bcr.study"  # lines that need a GPU, and those that have tests of their own
 PROGRAM_LINES, SCRIPT_LINES = r"-m bcr\.[^\n`]*", r"python (?:-m pytest )?(?!-m)[\w/.]+\.?[^\n`]*"
 
 
@@ -69,6 +71,9 @@ def test_every_program_line_passes_its_own_checks(command, outputs):
     if words[0] == "report":
         assert write_report(Path(words[1])).exists() or words[1] == "FOLDER"
         return
+    if words[0] == "results":
+        assert (ROOT / words[1]).exists()
+        return
     schema, prepare, _ = PROGRAMS[words[0]]
     config = compose(CONFIGS.get(words[0], words[0]), [*overrides_of(words), *(["output=new"] if words[0] == "train" else [])], schema)
     if "device=cuda" in words and not torch.cuda.is_available():
@@ -79,7 +84,7 @@ def test_every_program_line_passes_its_own_checks(command, outputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [line for line in commands(PROGRAM_LINES) if "device=cuda" not in line and "bcr.report" not in line])
+@pytest.mark.parametrize("command", [line for line in commands(PROGRAM_LINES) if not re.search(ELSEWHERE, line)])
 def test_every_program_line_runs(command, outputs, capsys):
     words = shlex.split(command.removeprefix("-m bcr."), comments=True)
     schema, prepare, run = PROGRAMS[words[0]]

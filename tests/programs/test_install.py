@@ -86,6 +86,7 @@ def check_programs(python: Path, folder: Path) -> None:
     for program in ("train", "evaluate", "warmstart", "demo"):
         assert "seed: 0" in run(python, "-m", f"bcr.{program}", "--cfg", "job", folder=folder)
         assert "python -m bcr." in run(python, "-m", f"bcr.{program}", "--help", folder=folder)
+    assert "name: rivals" in run(python, "-m", "bcr.study", "--cfg", "job", folder=folder)
     small = ["steps=1", "bundles.per_step=1", "bundles.budget=20", "sampling.row_block=8"]
     run(python, "-m", "bcr.train", "output=run", *small, folder=folder)
     assert (folder / "run" / "checkpoints" / "step-000001" / "README.md").exists()
@@ -100,7 +101,8 @@ def test_the_wheels_hold_what_they_should_and_nothing_else(wheels):
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"bcr", "bcr_kernels"}
     for file in (ROOT / "configs").rglob("*.yaml"):
         assert f"bcr/configs/{file.relative_to(ROOT / 'configs')}" in names
-    assert {"bcr_kernels/__init__.py", "bcr/assets/arithmetic-base/model.safetensors", "bcr/analysis/report/page.html"} <= set(names)
+    assert {"bcr_kernels/__init__.py", "bcr/assets/arithmetic-base/model.safetensors"} <= set(names)
+    assert {"bcr/analysis/report/page.html", "bcr/analysis/report/study.html"} <= set(names)
     (wheel,) = wheels.glob("bcr_kernels-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"bcr_kernels"}
