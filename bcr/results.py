@@ -17,6 +17,7 @@ from typing import Any
 
 from bcr.analysis import study_tables as tables
 from bcr.analysis.study_answers import answers
+from bcr.analysis.study_claims import claims
 from bcr.analysis.study_figures import FIGURES
 from bcr.runtime.config import BAD_INPUT, fail, one_sentence
 from bcr.runtime.outputs import write_whole
@@ -33,6 +34,7 @@ TABLES: dict[str, Callable[..., tables.Numbers]] = {
     "breakdown": lambda summary, *names: tables.breakdown(summary, names or None),
     "by_position": lambda summary, *names: tables.by_position(summary, names or None),
     "collapse": tables.collapse,
+    "claims": claims,
 }
 BLOCKS: dict[str, Callable[..., str]] = {
     **{name: partial(lambda table, *asked: tables.markdown(table(*asked)), table) for name, table in TABLES.items()},

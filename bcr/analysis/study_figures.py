@@ -23,6 +23,7 @@ def standalone(svg: Markup) -> str:
     return f"{opening.replace('<svg ', SVG, 1)}><style>{style}</style>{inside}\n"
 
 
+FRAME = 14  # pixels around it: nothing is drawn beyond the edge of an image
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" '
 
 

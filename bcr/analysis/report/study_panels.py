@@ -14,7 +14,7 @@ from bcr.analysis.study_findings import direction, signed
 Summary = Mapping[str, Any]
 
 MAIN, OTHERS = "bcr", ("grpo", "same-cap", "bcr-tight", "penalty")  # colours of the page: the first cell's, and those of the others in turn
-ROW, NAMES = 26, 110  # pixels: the height of a row, the room for names
+ROW, NAMES = 26, 128  # pixels: the height of a row, the room for names
 
 
 def colour_of(summary: Summary, name: str) -> str:
@@ -88,7 +88,7 @@ def differences(summary: Summary, quantity: str, size: str) -> Markup:
     margin = 0.05 * (high - low or 1.0)
     panel = Panel((low - margin, high + margin), (0.0, float(len(found))), left=176, height=BOTTOM + TOP + ROW * len(found))
     unit = "tokens per problem" if quantity == "tokens" else "points of accuracy"
-    panel.axes(ticks_between(low - margin, high + margin), [], f"difference at N = {size}, {unit}", plain)
+    panel.axes(ticks_between(low - margin, high + margin), [], f"{unit} at N = {size}", plain)
     panel.upright(0.0)
     said = []
     for index, (comparison, at) in enumerate(found):
