@@ -142,8 +142,8 @@ def safer_default(cells: Mapping[str, Summary]) -> list[str]:
     kept = [f"{100 * least_accuracy(cell):.1f} %" for cell in (better, other)]
     lengths = [f"{sum(at['tokens'][0] for at in cell['sizes'].values()) / len(cell['sizes']):.1f}" for cell in (better, other)]
     return [
-        f"Of the two with 60 steps, {better['label']} is the safer default: at its worst it keeps {kept[0]}, {other['label']} {kept[1]}. On "
-        f"average over N its answers take {lengths[0]} tokens a problem, those of {other['label']} {lengths[1]}."
+        f"Of the two with 60 steps, {better['label']} is the safer default: at its worst it keeps {kept[0]}, {other['label']} {kept[1]}. "
+        f"On average over N its answers take {lengths[0]} tokens a problem, those of {other['label']} {lengths[1]}."
     ]
 
 
