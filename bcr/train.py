@@ -100,6 +100,7 @@ def prepare(config: TrainConfig) -> Run:
     sizes = mixture(config.bundles.sizes, config.bundles.shares)
     bundles = build_bundles(task, config.bundles, sizes, budget, config.seed)
     check_context(task, sizes, budget)
+    task.model.invariant = config.sampling.invariant is True
     params = sampling_params(config.sampling, config.bundles.group, task.dialect, config.seed)
     sampler, grader = build_sampler(task.model, config.sampling), build_grader(config.grading)
     rollouts = RolloutStream(bundles, sampler, params, config.bundles.per_step, config.off_policy.staleness)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+from bcr.learner.forward import hidden_states
 from bcr.learner.losses import Denominators, LossConfig
 from bcr.learner.packs import IGNORED, Example, make_pack
 from bcr.model import Decoder
-from bcr.model.attention import PackedAttention
 from bcr_kernels import linear_logprob
 
 
@@ -22,7 +22,7 @@ def completion_logprobs(
     found = []
     for group in groups:
         pack = make_pack(group, LossConfig(), Denominators.of(example.segments for example in group), device)
-        hidden = model(pack.input_ids, pack.position_ids, PackedAttention(pack.lengths, device))
+        hidden = hidden_states(model, pack)
         logprobs = linear_logprob(hidden, model.head_weight, pack.targets, temperature=temperature).logprob
         values = logprobs[pack.targets != IGNORED].tolist()
         ends = itertools.accumulate((len(example.token_ids) for example in group), initial=0)

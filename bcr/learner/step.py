@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bcr.learner.forward import hidden_states
 from bcr.learner.losses import SequenceRule
 from bcr.learner.masters import MasterAdamW
 from bcr.learner.packs import Pack
 from bcr.learner.sequence_loss import sequence_policy_loss
 from bcr.model import Decoder
-from bcr.model.attention import PackedAttention
 from bcr_kernels import LossRule, add_metrics, linear_logprob, linear_policy_loss
 
 
@@ -54,7 +54,7 @@ def pack_loss(
 
     `head_gradient`: float32 [V,H], to which the backward adds the gradient of a narrow head's weight instead of rounding it.
     """
-    hidden = model(pack.input_ids, pack.position_ids, PackedAttention(pack.lengths, pack.input_ids.device))
+    hidden = hidden_states(model, pack)
     if isinstance(rule, SequenceRule):
         logprobs = linear_logprob(hidden, model.head_weight, pack.targets, temperature=temperature).logprob
         return sequence_policy_loss(logprobs, pack, rule)

@@ -87,6 +87,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: the backward computes each layer's activations again instead of keeping them
+        self.invariant = False  # True: the learner's forward takes the sampler's arithmetic, see `bcr.learner.forward`
         self.companions: dict[str, bytes] = {}  # files that came with the checkpoint it was loaded from; see `bcr.model.huggingface`
         self.adapter: Adapter | None = None  # low-rank adapters on its linear layers; see `bcr.model.lora`
         self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)

@@ -52,6 +52,20 @@ def test_training_in_bfloat16_on_request(tmp_path):
     assert 0 < max(moved) < 0.02
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_learner_takes_the_samplers_arithmetic_on_request(dtype, tmp_path):
+    """The difference between the two is then none at all, also after updates; the learning is the same but for rounding."""
+    runs = {
+        invariant: run_training(tmp_path / invariant, "steps=2", f"model.dtype={dtype}", f"sampling.invariant={invariant}")
+        for invariant in ("true", "null")
+    }
+    assert [step["dlogprob_max"] for step in runs["true"]] == [0.0, 0.0]
+    assert max(step["dlogprob_max"] for step in runs["null"]) > 0
+    assert all(step["dlogprob_tokens"] > 100 for step in runs["true"])
+    exact, usual = runs["true"][0], runs["null"][0]
+    assert exact["grad_norm"] == pytest.approx(usual["grad_norm"], rel=1e-3 if dtype == "float32" else 0.05)
+
+
 def mean(steps: list[dict], name: str) -> float:
     return sum(step[name] for step in steps) / len(steps)
 
