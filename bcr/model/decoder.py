@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from bcr.model import ops
 from bcr.model.experts import MixtureOfExperts
 from bcr.model.mlp import SwiGLU
-from bcr.model.products import Linear, linear
+from bcr.model.products import linear
 from bcr.model.rotary import RopeScaling, Rotary
 
 if TYPE_CHECKING:
@@ -197,14 +197,14 @@ class SelfAttention(nn.Module):
         self.index, self.eps = index, config.rms_norm_eps
         self.head_dim = config.head_dim
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        self.qkv_proj = Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
-        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         query_heads, key_heads, _ = self.heads
-        qkv = self.qkv_proj(hidden).contiguous().view(hidden.shape[0], sum(self.heads), self.head_dim)
+        qkv = self.qkv_proj(hidden).view(hidden.shape[0], sum(self.heads), self.head_dim)
         query_key, value = qkv.split((query_heads + key_heads, key_heads), dim=1)
         norms = None if self.q_norm is None or self.k_norm is None else (self.q_norm.weight, self.k_norm.weight)
         query, key = ops.query_and_key(query_key, query_heads, norms, self.eps, rotation)
