@@ -32,7 +32,7 @@ TABLES: dict[str, Callable[..., tables.Numbers]] = {
     "differences": tables.differences,
     "lengths": tables.lengths,
     "breakdown": lambda summary, *names: tables.breakdown(summary, names or None),
-    "by_position": lambda summary, *names: tables.by_position(summary, names or None),
+    "by_position": lambda summary, size, *names: tables.by_position(summary, int(size), names or None),
     "collapse": tables.collapse,
     "claims": claims,
 }

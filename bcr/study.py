@@ -111,7 +111,8 @@ def prepare(config: StudyConfig) -> Study:
     cells = [base, *(make_cell(config, listing, name, seed) for seed in seeds for name in names)]
     pending = [cell for cell in cells if not is_done(cell, config.redo)]
     gpus = torch.cuda.device_count()
-    workers = config.workers or gpus or max(1, len(os.sched_getaffinity(0)) // config.threads)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = config.workers or gpus or max(1, cores // config.threads)
     return Study(config, cells, pending, workers, gpus)
 
 

@@ -147,6 +147,21 @@ def safer_default(cells: Mapping[str, Summary]) -> list[str]:
     ]
 
 
+def positions(summary: Summary) -> list[str]:
+    """Where in the prompt the tokens go, at the N of the default recipe and at one problem fewer."""
+    said = []
+    for name in ("bcr", "mixed", "mixed_long"):
+        if cell := summary["cells"].get(name):
+            told = []
+            for size in [size for size in ("2", "3") if size in cell["sizes"]]:
+                groups = cell["sizes"][size]["by_position"].values()
+                tokens, right = ([group[key] for group in groups] for key in ("tokens", "accuracy"))
+                spent, correct = (", ".join(f"{scale * value:.0f}" for value in values) for values, scale in ((tokens, 1), (right, 100)))
+                told.append(f"at N = {size} {spent} tokens ({correct} % right)")
+            said.append(f"{cell['label']}, problem by problem: {'; '.join(told)}.")
+    return said or ["Not measured yet."]
+
+
 def fragile(summary: Summary) -> list[str]:
     """Where a seed is clearly less accurate than the base at some N: what training at few N costs at others."""
     base = summary["cells"]["base"]["sizes"]
@@ -219,6 +234,7 @@ QUESTIONS: dict[str, Callable[[Summary], list[str]]] = {
     "against_rewards": against_rewards,
     "lengths": of_lengths,
     "long_recipe": long_recipe,
+    "positions": positions,
     "fragile": fragile,
     "own_choices": own_choices,
     "credit": credit,

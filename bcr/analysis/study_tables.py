@@ -139,9 +139,8 @@ def breakdown(summary: Summary, names: Sequence[str] | None = None) -> Numbers:
     return made(head, rows)
 
 
-def by_position(summary: Summary, names: Sequence[str] | None = None) -> Numbers:
-    """Accuracy and tokens at each position of the largest N."""
-    size = summary["measurement"]["sizes"][-1]
+def by_position(summary: Summary, size: int, names: Sequence[str] | None = None) -> Numbers:
+    """Accuracy and tokens at each position of a prompt of `size` problems."""
     rows = []
     for name, cell in summary["cells"].items():
         if names is None or name in names:

@@ -29,16 +29,16 @@ def study(folder: Path, *overrides: str) -> StudyConfig:
 
 
 def interrupted(folder: Path) -> None:
-    """Start the study and press Ctrl-C once its first cell has taken some steps."""
+    """Start the study and press Ctrl-C, which all its processes hear, once its first cell has taken some steps."""
     command = [sys.executable, "-m", "bcr.study", f"output={folder}", *SMALL]
     metrics = folder / "cells" / "bcr" / "seed-0" / "metrics.jsonl"
     hearing = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, preexec_fn=hearing) as started:
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, preexec_fn=hearing, start_new_session=True) as started:
         while not metrics.exists() or metrics.read_bytes().count(b"\n") < 5:
             assert started.poll() is None
             time.sleep(0.02)
-        started.send_signal(signal.SIGINT)
+        os.killpg(started.pid, signal.SIGINT)
         assert started.wait(timeout=100) == 130
 
 

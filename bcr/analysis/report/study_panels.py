@@ -84,7 +84,7 @@ def differences(summary: Summary, quantity: str, size: str) -> Markup:
     scale = 1.0 if quantity == "tokens" else 100.0
     found = [(comparison, comparison["sizes"][size][quantity]) for comparison in summary["compare"]]
     reach = [scale * number for _, at in found for number in (*at["difference"], *at["by_seed"])]
-    low, high = min(0.0, *reach), max(0.0, *reach)
+    low, high = min([0.0, *reach]), max([0.0, *reach])
     margin = 0.05 * (high - low or 1.0)
     panel = Panel((low - margin, high + margin), (0.0, float(len(found))), left=176, height=BOTTOM + TOP + ROW * len(found))
     unit = "tokens per problem" if quantity == "tokens" else "points of accuracy"

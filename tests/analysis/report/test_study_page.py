@@ -37,6 +37,12 @@ def test_figures_say_their_numbers_in_words(summary):
     assert f"bcr less same cap: {'−' if value < 0 else '+'}{abs(value):.1f}" in panels.differences(summary, "accuracy", "1")
 
 
+def test_a_study_that_has_measured_only_its_base_has_a_page_too(tmp_path, summary):
+    begun = {**summary, "cells": {"base": summary["cells"]["base"]}, "compare": [], "missing": list(CELLS), "said": []}
+    (tmp_path / "study.json").write_text(json.dumps(begun))
+    assert "has not finished" in write_report(tmp_path).read_text()
+
+
 def test_a_folder_with_another_study_json_is_told_so(tmp_path):
     (tmp_path / "study.json").write_text("{}")
     with pytest.raises(ValueError, match=r"has no 'study'; it must be the study.json of a study"):
