@@ -107,7 +107,8 @@ class LoraLinear(nn.Linear):
         self.lora_B = nn.Parameter(base.weight.new_zeros(rows, adapter.rank))
 
     def forward(self, input: Tensor) -> Tensor:
-        return _AdaptedLinear.apply(input, self.weight, self.bias, self.lora_A, self.lora_B, [*self.spans.values()], self.scale)
+        rows = input.contiguous()  # they may lie across, see `bcr.model.products`
+        return _AdaptedLinear.apply(rows, self.weight, self.bias, self.lora_A, self.lora_B, [*self.spans.values()], self.scale)
 
     def parts(self) -> Iterator[tuple[str, tuple[int, int], Tensor, Tensor]]:
         """(target, its span of the outputs, A[rank, inputs], B[outputs, rank]) of each adapted part; A and B are views."""

@@ -57,9 +57,9 @@ def test_exact_with_invariant_attention(family: str, dtype: torch.dtype, make_de
     is_exact(make_decoder(max_position_embeddings=512, **FAMILIES[family]).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exact_with_low_rank_adapters(dtype: torch.dtype, make_decoder) -> None:
-    model = adapt(make_decoder(max_position_embeddings=512).to(dtype), LoraConfig(rank=5), None, seed=0)
+@pytest.mark.parametrize(("dtype", "targets"), [(torch.float32, None), (torch.float32, ["q_proj", "down_proj"]), (torch.bfloat16, None)])
+def test_exact_with_low_rank_adapters(dtype: torch.dtype, targets: list[str] | None, make_decoder) -> None:
+    model = adapt(make_decoder(max_position_embeddings=512).to(dtype), LoraConfig(rank=5, targets=targets), None, seed=0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("lora_B"):
