@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bcr.analysis.warning_signs import ADVICE, COLLAPSE, EXPLOSION, NAMES, entropy_explosion, is_number, length_collapse
+
 REMIND_EVERY = 10  # steps that a condition lasts until it is said again
 
 
@@ -42,6 +44,7 @@ class Guards:
     truncated    every rollout ran into the budget
     unreadable   no answer could be read in any rollout
     collapse     the mean accuracy of the last `window` steps is below `collapse` times that of the best `window` steps so far
+    length_collapse, entropy_explosion     see `bcr.analysis.warning_signs`
     """
 
     def __init__(self, config: GuardConfig) -> None:
@@ -50,6 +53,7 @@ class Guards:
         self.lasting: dict[str, int] = {}  # kind -> steps in a row
         self.recent: list[float] = []  # accuracies of the last `window` steps
         self.best = 0.0
+        self.history: dict[str, list[float]] = {"tokens_per_problem": [], "accuracy": [], "entropy": []}  # of every step, finite ones
 
     def look(self, metrics: Mapping[str, Any]) -> list[Warning]:
         """What is to be said about this step: a condition when it begins, and again for every ten steps that it lasts."""
@@ -57,6 +61,9 @@ class Guards:
         if len(self.recent) == self.config.window:
             self.best = max(self.best, self.accuracy)
         self.skipped_in_row = self.skipped_in_row + 1 if metrics["skipped"] else 0
+        for name, series in self.history.items():
+            if is_number(metrics[name]):
+                series.append(float(metrics[name]))
         present = {kind: advice for kind, (holds, advice) in CONDITIONS.items() if holds(self, metrics)}
         self.lasting = {kind: self.lasting.get(kind, 0) + 1 for kind in present}
         return [Warning(kind, advice(self, metrics)) for kind, advice in present.items() if self.lasting[kind] % REMIND_EVERY == 1]
@@ -76,11 +83,13 @@ class Guards:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped_in_row": self.skipped_in_row, "lasting": self.lasting, "recent": self.recent, "best": self.best}
+        plain = {"skipped_in_row": self.skipped_in_row, "lasting": self.lasting, "recent": self.recent, "best": self.best}
+        return {**plain, "history": {name: list(series) for name, series in self.history.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.skipped_in_row, self.best = state["skipped_in_row"], state["best"]
         self.lasting, self.recent = dict(state["lasting"]), list(state["recent"])
+        self.history = {name: list(series) for name, series in state["history"].items()}
 
 
 Holds = Callable[[Guards, Mapping[str, Any]], bool]
@@ -115,5 +124,13 @@ CONDITIONS: dict[str, tuple[Holds, Advice]] = {
             f"The reward has collapsed: accuracy {guards.accuracy:.1%} over the last {guards.config.window} steps, {guards.best:.1%} at "
             "its best. Go back to an earlier checkpoint with a lower optimizer.lr, or add loss.kl_coef."
         ),
+    ),
+    COLLAPSE: (
+        lambda guards, metrics: length_collapse(guards.history["tokens_per_problem"], guards.history["accuracy"]),
+        lambda guards, metrics: f"{NAMES[COLLAPSE]}. {ADVICE[COLLAPSE]}",
+    ),
+    EXPLOSION: (
+        lambda guards, metrics: entropy_explosion(guards.history["entropy"]),
+        lambda guards, metrics: f"{NAMES[EXPLOSION]}. {ADVICE[EXPLOSION]}",
     ),
 }

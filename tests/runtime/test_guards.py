@@ -13,7 +13,8 @@ from bcr.runtime.config import RunStopped, compose
 from bcr.runtime.guards import GuardConfig, Guards
 from bcr.runtime.schema import TrainConfig
 
-FINE = {"accuracy": 0.5, "mismatch_kl": 1e-6, "truncated": 0.2, "unanswered": 0.1, "unparsed": 0.1, "skipped": False}
+RATES = {"truncated": 0.2, "unanswered": 0.1, "unparsed": 0.1}
+FINE = {"accuracy": 0.5, "mismatch_kl": 1e-6, **RATES, "skipped": False, "tokens_per_problem": 40.0, "entropy": 0.3}
 
 
 def kinds(guards: Guards, **metrics: float) -> list[str]:
@@ -49,6 +50,16 @@ def test_a_fallen_reward_is_said_once_its_mean_is_low() -> None:
     assert [kinds(guards, accuracy=0.6) for _ in range(8)] == [[]] * 8
     found = [kinds(guards, accuracy=0.0) for _ in range(4)]
     assert found == [[], [], ["collapse"], []]  # 0.45, 0.3 (not below), 0.15, 0
+
+
+def test_signs_of_leaving_the_two_stages_are_said_when_they_begin() -> None:
+    guards = Guards(GuardConfig(collapse=0.0))
+    assert [kinds(guards) for _ in range(10)] == [[]] * 10
+    assert "length_collapse" in [kind for _ in range(8) for kind in kinds(guards, accuracy=0.1, tokens_per_problem=10.0)]
+    guards = Guards(GuardConfig())
+    assert [kinds(guards) for _ in range(10)] == [[]] * 10
+    assert kinds(guards, entropy=math.nan) == []
+    assert [kind for _ in range(8) for kind in kinds(guards, entropy=1.2)] == ["entropy_explosion"]
 
 
 def test_it_gives_up_after_so_many_skipped_updates_in_a_row() -> None:

@@ -109,9 +109,9 @@ class Panel:
         ends = f'x1="{self.x(x):.1f}" x2="{self.x(x):.1f}" y1="{self.y(y) - 6:.1f}" y2="{self.y(y) + 6:.1f}"'
         self.parts.append(f'<line class="interval" style="--c:var(--{colour})" {ends}/>')
 
-    def upright(self, x: float) -> None:
+    def upright(self, x: float, kind: str = "change") -> None:
         place = self.x(x)
-        self.parts.append(f'<line class="change" x1="{place:.1f}" x2="{place:.1f}" y1="{TOP}" y2="{self.height - BOTTOM}"/>')
+        self.parts.append(f'<line class="{kind}" x1="{place:.1f}" x2="{place:.1f}" y1="{TOP}" y2="{self.height - BOTTOM}"/>')
 
     def end_labels(self, labels: Sequence[tuple[float, str, str]]) -> None:
         """Names beside the right ends of lines: (y, name, colour), moved apart where they would lie on each other."""

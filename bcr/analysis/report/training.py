@@ -14,6 +14,7 @@ from bcr.analysis.report.figures import Z, colour_of, percent, plain
 from bcr.analysis.report.folder import Record, Run
 from bcr.analysis.report.stages import FEWEST_STEPS, Stages, find_stages
 from bcr.analysis.report.svg import Panel, nice_limits, ticks_between
+from bcr.analysis.warning_signs import ADVICE, COLLAPSE, EXPLOSION, NAMES, Sign, signs
 
 STAGE_NAMES = ("length adaptation", "reasoning refinement")
 
@@ -41,15 +42,17 @@ ENTROPY = Curve("Entropy, nats per token", lambda step: step.get("entropy"), Non
 CORRECT = Curve("Tokens, correct answers", lambda step: step.get("tokens_correct"), None, plain)
 OTHER = Curve("Tokens, other answers", lambda step: step.get("tokens_wrong"), None, plain)
 MAIN, BRIEF = (TOKENS, ACCURACY, TRUNCATED, ENTROPY, CORRECT, OTHER), (TOKENS, ACCURACY, TRUNCATED)
+WATCHED = {COLLAPSE: (TOKENS, ACCURACY), EXPLOSION: (ENTROPY,)}  # where a sign is marked
 SAME_SCALE = {TOKENS.heading: "tokens", CORRECT.heading: "tokens", OTHER.heading: "tokens", ENTROPY.heading: "entropy"}
 
 
 @dataclass(frozen=True)
 class TrainingFigure:
-    """`says`: one sentence on the stages. `panels`: (heading, svg)."""
+    """`says`: one sentence on the stages. `advice`: (what went wrong, what helps). `panels`: (heading, svg)."""
 
     run: Run
     says: str
+    advice: list[tuple[str, str]]
     panels: list[tuple[str, Markup]]
 
 
@@ -65,12 +68,13 @@ def training_figures(runs: Sequence[Run], main: Run) -> list[TrainingFigure]:
         assert run.training is not None
         steps = run.training.metrics
         stages = find_stages([step["tokens_per_problem"] for step in steps])
+        found = signs(steps)
         panels = []
-        for curve in MAIN if run.key == main.key else BRIEF:
+        for curve in MAIN if run.key == main.key else (*BRIEF, *(ENTROPY for sign in found if sign.kind == EXPLOSION)):
             scale = curve.whole_scale or limits[SAME_SCALE[curve.heading]]
             if points_of(curve, run):
-                panels.append((curve.heading, curve_panel(run, curve, scale, stages)))
-        figures.append(TrainingFigure(run, describe(steps, stages), panels))
+                panels.append((curve.heading, curve_panel(run, curve, scale, stages, found)))
+        figures.append(TrainingFigure(run, describe(steps, stages), advice(steps, stages if run.key == main.key else None, found), panels))
     return figures
 
 
@@ -80,7 +84,7 @@ def points_of(curve: Curve, run: Run) -> list[tuple[float, float]]:
     return [(at, float(value)) for at, value in found if value is not None and math.isfinite(value)]
 
 
-def curve_panel(run: Run, curve: Curve, scale: tuple[float, float], stages: Stages) -> Markup:
+def curve_panel(run: Run, curve: Curve, scale: tuple[float, float], stages: Stages, found: Sequence[Sign]) -> Markup:
     assert run.training is not None
     steps = run.training.metrics
     first, last = float(steps[0]["step"]), float(steps[-1]["step"])
@@ -103,8 +107,12 @@ def curve_panel(run: Run, curve: Curve, scale: tuple[float, float], stages: Stag
         panel.line([(float(step["step"]), value) for step, value in zip(steps, stages.fit, strict=True)], "ink", kind="fit")
     if stages.change is not None:
         panel.upright(float(steps[stages.change]["step"]))
+    marked = [sign for sign in found if curve in WATCHED[sign.kind]]
+    for sign in marked:
+        panel.upright(float(steps[sign.first]["step"]), "alarm")
     show = percent if curve.shown is percent else "{:.3g}".format
-    return panel.svg(f"{curve.heading} of {run.title}: {show(points[0][1])} at step {first:g}, {show(points[-1][1])} at step {last:g}.")
+    said = f"{curve.heading} of {run.title}: {show(points[0][1])} at step {first:g}, {show(points[-1][1])} at step {last:g}."
+    return panel.svg(" ".join([said, *(f"{NAMES[sign.kind]} at step {steps[sign.first]['step']}." for sign in marked)]))
 
 
 def describe(steps: Sequence[Record], stages: Stages) -> str:
@@ -116,10 +124,9 @@ def describe(steps: Sequence[Record], stages: Stages) -> str:
         return f"No length adaptation: tokens per problem go from {start:.1f} to {end:.1f} (means of the first and last steps)."
     if stages.change is None:
         return f"Still in length adaptation at the last step: tokens per problem have come from {start:.1f} to {end:.1f} without a plateau."
-    before, after = steps[: stages.change], steps[stages.change :]
-    _, (reached, finished) = ends(before, "accuracy"), ends(after, "accuracy")
+    before = steps[: stages.change]
     begun = ends(before, "accuracy")[0]
-    error = math.hypot(standard_error(after[: window(after)]), standard_error(after[-window(after) :]))
+    reached, finished, error = refinement(steps[stages.change :])
     rise = finished - reached
     verdict = "rises further" if rise > 2 * error else "falls" if rise < -2 * error else "does not change measurably"
     return (
@@ -127,6 +134,42 @@ def describe(steps: Sequence[Record], stages: Stages) -> str:
         f"{stages.fit[stages.change]:.0f} while accuracy goes from {begun:.0%} to {reached:.0%}. Reasoning refinement after it: the length "
         f"stays, and accuracy {verdict} ({reached:.0%} to {finished:.0%}, standard error {100 * error:.1f} points)."
     )
+
+
+def refinement(after: Sequence[Record]) -> tuple[float, float, float]:
+    """Accuracy at the beginning and at the end of the second stage, and the standard error of their difference."""
+    error = math.hypot(standard_error(after[: window(after)]), standard_error(after[-window(after) :]))
+    return *ends(after, "accuracy"), error
+
+
+NO_ADAPTATION = (
+    "Nothing makes answers shorter. Lower bundles.budget towards the length that is wanted, so that long answers lose something: sampling "
+    "at the target length is what arXiv 2602.20945 found best."
+)
+NO_REFINEMENT = (
+    "The length has settled, and accuracy has risen neither before nor after. If it stays so: more signal (a larger bundles.group, easier "
+    "problems, see bcr.difficulty), learning on-policy, a roomier bundles.budget; or the model answers what it can within this budget."
+)
+LONG_ENOUGH = 10  # steps of a plateau before one can speak of a missing second stage
+
+
+def advice(steps: Sequence[Record], stages: Stages | None, found: Sequence[Sign]) -> list[tuple[str, str]]:
+    """Where the run leaves the path of the two stages: what is wrong, and what helps against it. Without `stages`, as for a control that is
+    not meant to have them, a stage that is missing is no fault."""
+    given = []
+    for sign in found:
+        over = "" if sign.lasts else "; it has passed"
+        given.append((f"{NAMES[sign.kind]} at step {steps[sign.first]['step']}{over}.", ADVICE[sign.kind]))
+    if given or stages is None or len(steps) < FEWEST_STEPS:
+        return given
+    if stages.kind == "no fall":
+        return [("No first stage.", NO_ADAPTATION)]
+    if stages.change is not None and len(steps) - stages.change >= LONG_ENOUGH:
+        reached, finished, error = refinement(steps[stages.change :])
+        begun = ends(steps, "accuracy")[0]
+        if finished - min(begun, reached) <= 2 * error:  # what was gained while the length fell counts too
+            return [("No second stage.", NO_REFINEMENT)]
+    return given
 
 
 def window(steps: Sequence[Record]) -> int:

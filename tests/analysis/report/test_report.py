@@ -1,6 +1,7 @@
 """The report as a file: complete, whole, of whatever is there, safe against hostile text, and loading nothing from elsewhere."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from report_sample import RUNS, demo_folder, lines, training_folder
 
 from bcr.analysis.report.folder import read_lines, read_results
 from bcr.analysis.report.transcripts import LONGEST_TEXT, MOST_STEPS, pairs, training_rollouts
+from bcr.analysis.warning_signs import ADVICE
 from bcr.report import main, write_report
 
 HOSTILE = "</script></pre><img src=x onerror=alert(1)>\"'>{{ 7 * 7 }}<!-- \u202e\u2028\x00\ud800 &amp;"
@@ -109,6 +111,41 @@ def test_a_training_run_alone_has_its_report(tmp_path):
     assert "Length adaptation until step 12" in text
     assert "bcr.evaluate" in text
     assert len([1 for article in found.all("article") if article.get("class") == "item"]) == 2 * MOST_STEPS
+
+
+def rewrite(folder: Path, change) -> None:
+    """Every step's metrics, changed by `change(step, record)`, step from 0."""
+    file = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**record, **change(step, record)}) + "\n" for step, record in enumerate(records)))
+
+
+def test_a_run_that_leaves_the_path_is_told_so_and_marked(tmp_path):
+    training_folder(tmp_path / "well")
+    shown = report(tmp_path / "well")
+    assert "Length collapse" not in words(shown)
+    assert not [line for line in shown.all("line") if line["class"] == "alarm"]
+    training_folder(tmp_path / "run")
+    rewrite(tmp_path / "run", lambda step, _: {"accuracy": 0.1, "tokens_per_problem": 6.0, "entropy": 0.9} if step >= 25 else {})
+    shown = report(tmp_path / "run")
+    assert [what for what in shown.text["b"] if "step" in what] == ["Length collapse at step 27.", "Entropy explosion at step 27."]
+    assert all(text in words(shown) for text in ADVICE.values())
+    assert len([line for line in shown.all("line") if line["class"] == "alarm"]) == 3
+    named = " ".join(drawing["aria-label"] or "" for drawing in shown.all("svg"))
+    assert named.count("Length collapse at step 27.") == 2
+    assert named.count("Entropy explosion at step 27.") == 1
+
+
+def test_a_stage_that_is_missing_brings_advice_and_one_that_is_there_none(tmp_path):
+    draw = random.Random(1)
+    for name, change in {
+        "no first": lambda step, record: {"tokens_per_problem": 50 + draw.gauss(0, 1)},
+        "no second": lambda step, record: {"accuracy": 0.6 + draw.gauss(0, 0.01)},
+    }.items():
+        training_folder(tmp_path / name)
+        assert not [what for what in report(tmp_path / name).text.get("b", []) if "stage" in what]
+        rewrite(tmp_path / name, change)
+        assert f"{name.capitalize()} stage." in report(tmp_path / name).text["b"]
 
 
 @pytest.mark.parametrize("keys", [("base",), ("base", "bcr"), ("base", "bcr", "grpo"), tuple(RUNS)])
