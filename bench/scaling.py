@@ -118,6 +118,7 @@ def machine() -> dict[str, float]:
         "bandwidth": thin_rate() / 1e12,
         "launch": empty / (load.budget * shape.num_hidden_layers * LAYER_KERNELS),
     }
+    rates["captured"] = rates["launch"]  # a CPU captures nothing
     shape, load = GAUGE
     model, ideal = Decoder(shape).init_weights(0), Device(**rates | {"learning": 1.0, "decoding": 1.0})
     learned = learning(model, load)

@@ -14,7 +14,7 @@ from bcr.model import DecoderConfig
 GIB = 2**30
 STATE_BYTES = 8  # the two moments of AdamW, float32
 LEARNING_MFU, DECODE_EFFICIENCY = 0.4, 0.6  # assumed shares of the device's peak; no GPU figure of this code exists yet
-LAUNCH = 5e-6  # assumed seconds from one small kernel to the next
+LAUNCH, CAPTURED = 5e-6, 1.5e-6  # assumed seconds from one small kernel to the next, launched one by one and in a captured graph
 LAYER_KERNELS = 15  # of one pass through a layer without its mixture, counted in `bcr.model`
 SEEKING_KERNELS, EXPERT_KERNELS = 3, 7  # of one expert: to find its tokens, and to work on them where there are any
 LOGITS_BYTES = 24  # a place of a row of logits while sampling: float32 logits and log-probs, float64 probabilities and their sums
@@ -25,7 +25,8 @@ PADDING = 1.1  # of attention's padded batches
 class Device:
     """A GPU by its data sheet: memory [GiB], dense bfloat16 [TFLOP/s], bandwidth [TB/s]. `reserve` GiB go to CUDA and fragmentation.
 
-    `launch`: seconds that a kernel takes however small it is. `learning` and `decoding`: the shares of the peak they are taken to reach.
+    `launch`, `captured`: seconds that a kernel takes however small it is, by itself and in a captured graph. `learning` and `decoding`: the
+    shares of the peak they are taken to reach.
     """
 
     name: str = "H100-80GB"
@@ -34,6 +35,7 @@ class Device:
     bandwidth: float = 3.35
     reserve: float = 4.0
     launch: float = LAUNCH
+    captured: float = CAPTURED
     learning: float = LEARNING_MFU
     decoding: float = DECODE_EFFICIENCY
 
@@ -202,7 +204,8 @@ def sampling_seconds(config: DecoderConfig, load: Load, device: Device) -> float
     arithmetic = 2 * (body_parameters(config, config.num_experts_per_tok) + head) * rows
     decoding = max(traffic / (device.bandwidth * 1e12), arithmetic / (device.tflops * 1e12)) / device.decoding
     prefill = load.bundles * load.prompt * forward_flop(config, load.prompt) / (device.tflops * 1e12) / device.learning
-    return prefill + waves * load.budget * (decoding + fixed_seconds(config, rows, device))
+    kernel = device.launch if config.num_experts else device.captured  # the choice of experts makes the host wait: no graph
+    return prefill + waves * load.budget * (decoding + fixed_seconds(config, rows, kernel))
 
 
 def learning_seconds(config: DecoderConfig, load: Load, device: Device) -> float:
@@ -213,7 +216,7 @@ def learning_seconds(config: DecoderConfig, load: Load, device: Device) -> float
     passes = trains + load.checkpointing
     body = passes * own * load.length * forward_flop(config, load.length)
     head = trains * own * load.budget * 2 * config.vocab_size * config.hidden_size
-    fixed = passes * packs(load) * fixed_seconds(config, load.places, device)
+    fixed = passes * packs(load) * fixed_seconds(config, load.places, device.launch)
     return (body + head) / (device.tflops * 1e12) / device.learning + fixed
 
 
@@ -223,11 +226,11 @@ def forward_flop(config: DecoderConfig, length: int) -> float:
     return 2 * body_parameters(config, config.num_experts_per_tok) + attention
 
 
-def fixed_seconds(config: DecoderConfig, tokens: float, device: Device) -> float:
-    """A forward pass with next to nothing to compute: its kernels. A mixture looks at its experts one after the other."""
+def fixed_seconds(config: DecoderConfig, tokens: float, kernel: float) -> float:
+    """A forward pass with next to nothing to compute, `kernel` seconds a kernel. A mixture looks at its experts one after the other."""
     mixed = config.num_hidden_layers - len(config.mlp_only_layers) if config.num_experts else 0
     experts = SEEKING_KERNELS * config.num_experts + EXPERT_KERNELS * touched_experts(config, tokens)
-    return (config.num_hidden_layers * LAYER_KERNELS + mixed * experts) * device.launch
+    return (config.num_hidden_layers * LAYER_KERNELS + mixed * experts) * kernel
 
 
 def packs(load: Load) -> int:

@@ -149,8 +149,8 @@ def remedies(config: DecoderConfig, load: Load, device: Device, fabric: Fabric) 
     if load.devices > fabric.per_node:
         changed["shards over all GPUs instead of a node's"] = replace(load, shard=load.devices)
     found = {name: throughput(config, change, device, fabric) for name, change in changed.items()}
-    graphs = "device graphs, all experts in one product" if config.num_experts else "device graphs"
-    found[graphs] = throughput(config, load, replace(device, launch=0.0), fabric)
+    if config.num_experts:
+        found["all experts in one product, under a device graph"] = throughput(config, load, replace(device, launch=0.0), fabric)
     if load.devices > 1:
         found["sampling beside learning, on ranks of its own"] = asynchronous(config, load, device, fabric)
     return found

@@ -162,7 +162,10 @@ def test_parts_follow_from_the_settings():
 
 
 def test_time_falls_with_bandwidth_arithmetic_and_devices():
-    slow, fast = Device(tflops=100.0, bandwidth=1.0, launch=2e-6), Device(tflops=200.0, bandwidth=2.0, launch=1e-6)
+    slow, fast = (
+        Device(tflops=100.0, bandwidth=1.0, launch=2e-6, captured=2e-6),
+        Device(tflops=200.0, bandwidth=2.0, launch=1e-6, captured=1e-6),
+    )
     load = replace(LOAD, rollouts=64, in_flight=8)
     one, two = seconds(BASE, load, slow), seconds(BASE, load, fast)
     assert one["sampling"] == pytest.approx(2 * two["sampling"])
