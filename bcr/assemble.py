@@ -171,14 +171,16 @@ def check_context(task: Task, sizes: Iterable[int], budget: Budget, problems: Se
             )
 
 
-def build_sampler(model: Decoder, settings: SamplingConfig) -> Sampler:
+def build_sampler(model: Decoder, settings: SamplingConfig, learner: bool = False) -> Sampler:
+    """`learner`: the process also trains the model, and will hold a gradient and two moments in float32 of each weight that it trains."""
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) if learner else 0
     return Sampler(
         model,
         max_batch=settings.max_batch,
         row_block=settings.row_block,
         cache_mb=settings.cache_mb,
         invariant=settings.invariant,
-        step_tokens=max(1024, 2 * settings.max_batch),
+        learner_bytes=12 * trained,
     )
 
 

@@ -111,7 +111,7 @@ def load_of(config: PlanConfig, shape: DecoderConfig) -> Load:
     size = max(config.bundles.sizes)
     budget = Budget(config.bundles.budget, config.bundles.budget_per_problem)
     adapter = config.model.lora.adapter(config.model.path)
-    return Load(
+    load = Load(
         weight_bytes=4 if config.model.dtype == "float32" else 2,
         checkpointing=config.model.activation_checkpointing,
         pack_tokens=config.optimizer.pack_tokens,
@@ -119,11 +119,14 @@ def load_of(config: PlanConfig, shape: DecoderConfig) -> Load:
         budget=max(budget.tokens(n) for n in config.bundles.sizes),
         rollouts=config.bundles.per_step * config.bundles.group,
         in_flight=config.sampling.max_batch,
-        cache_bytes=config.sampling.cache_mb * 2**20,
+        cache_bytes=(config.sampling.cache_mb or 0) * 2**20,
         devices=config.gpus,
         group=config.bundles.group,
         trained=adapter.numbers(shape) if adapter else None,
     )
+    if config.sampling.cache_mb is None:  # what is free: here, what all in flight can use
+        return replace(load, cache_bytes=(load.in_flight + 1) * kv_bytes(shape, load))
+    return load
 
 
 def fits(shape: DecoderConfig, load: Load, device: Device) -> bool:

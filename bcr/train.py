@@ -102,7 +102,7 @@ def prepare(config: TrainConfig) -> Run:
     check_context(task, sizes, budget)
     task.model.invariant = config.sampling.invariant is True
     params = sampling_params(config.sampling, config.bundles.group, task.dialect, config.seed)
-    sampler, grader = build_sampler(task.model, config.sampling), build_grader(config.grading)
+    sampler, grader = build_sampler(task.model, config.sampling, learner=True), build_grader(config.grading)
     rollouts = RolloutStream(bundles, sampler, params, config.bundles.per_step, config.off_policy.staleness)
     if resumption is None:
         make_room(Path(config.output), config.overwrite)
@@ -148,7 +148,7 @@ def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool]
                 metrics |= targets.metrics
                 targets.update(judged)
             files.write("metrics", {"step": step, **metrics})
-            files.write("timings", {"step": step, **clock.seconds, "graders_replaced": run.grader.replaced})
+            files.write("timings", {"step": step, **clock.seconds, **clock.peaks, "graders_replaced": run.grader.replaced})
             for record in telling_rollouts(judged, examples, task.dialect, config.logging.rollouts):
                 files.write("rollouts", {"step": step, **record})
             told.step(step, {**metrics, **clock.seconds})

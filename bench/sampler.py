@@ -40,6 +40,8 @@ from bench import _sampler_peers as peers_of
 from bench._protocol import _reset_peak, _resident_peak, copy_rate, matmul_peak, seconds_of
 from bench._sampler_work import NO_STOP, apart, decoder, grouped, limit_seconds, uniform
 
+ON_CUDA: dict[str, Any] = {"cache_mb": 32768, "step_tokens": 8192}
+
 
 class Watched:
     """Runs of the sampler, with the time to each rollout's first token as the host reads it, and the number of steps."""
@@ -102,9 +104,14 @@ def case(name: str, ours: Watched, work: list[Request], n: int, limit: float, op
     held = ours.sampler._cache
     assert held is not None
     memory = {"weights": sum(p.nbytes for p in ours.sampler.model.parameters()), "cache": held.memory.nbytes}
-    if device == "cpu":  # on CUDA the kernel that draws a token gives its log-prob on the way
+    if device == "cpu":
         with without_logprobs():
             results.append(measured("bcr.sampler, no log-probs", lambda: ours(work, n), limit, repeats, device))
+    else:  # there a second product with the head, in the captured steps
+        ours.sampler.release_cache()
+        silent = Watched(ours.sampler.model, **ON_CUDA, paged_options={"with_logprob": False})
+        results.append(measured("bcr.sampler, no log-probs", lambda: silent(work, n), limit, repeats, device))
+        silent.sampler.release_cache()
     if n > 1:
         lone = apart(work, n)
         results.append(measured("bcr.sampler, no fork", lambda: ours(lone, 1), limit, repeats, device))
@@ -149,7 +156,7 @@ def main(**given: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if options["peers"]:
             save_pretrained(model, folder)
-        ours = Watched(model, **({} if device == "cpu" else {"cache_mb": 32768, "step_tokens": 8192}))
+        ours = Watched(model, **({} if device == "cpu" else ON_CUDA))
         cases = [
             case(name, ours, requests, n, limit_seconds(model, requests, n, flops, bytes_per_s), options, folder)
             for name, (requests, n) in work.items()

@@ -16,7 +16,7 @@ def hidden_states(model: Decoder, pack: Pack) -> Tensor:
 
     For that attention is taken row by row as in the sampler, and the tokens are filled up to a multiple of ALIGN, as there.
     """
-    if not model.invariant:
+    if not model.invariant or pack.input_ids.is_cuda:  # on CUDA it would not be the sampler's arithmetic
         return model(pack.input_ids, pack.position_ids, PackedAttention(pack.lengths, pack.input_ids.device))
     count = pack.input_ids.shape[0]
     token_ids, positions = (F.pad(x, (0, -count % ALIGN)) for x in (pack.input_ids, pack.position_ids))

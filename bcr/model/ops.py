@@ -1,13 +1,15 @@
 """Which implementation each operation of the decoder uses: the one place that decides.
 
 On CUDA RMSNorm, SwiGLU and RoPE come from Liger, attention from FlashAttention where it is installed, else from torch's varlen attention;
-everywhere else, and for what those cannot do, from torch.
+everywhere else, and for what those cannot do, from torch. The sampler's attention on CUDA is `bcr_kernels`' where Triton is: its rows do
+not depend on the batch, and nothing measured says that another is faster; else flash-attn's, or torch's where it takes block tables.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +31,7 @@ class Implementations:
     rope: str
     attention: str  # "flash-attn" | "torch varlen" | "torch sdpa"
     head: str  # "triton" | "reference": what `bcr_kernels` takes
+    decoding: str = "in place"  # the sampler's attention: "bcr_kernels" | "flash-attn" | "torch varlen" | "reference" | "in place" (CPU)
 
     def __str__(self) -> str:
         return ", ".join(f"{name}: {value}" for name, value in vars(self).items())
@@ -42,7 +45,15 @@ def choose(device_type: str, dtype: torch.dtype, head_dim: int, available: froze
     if cuda and dtype in HALF and head_dim % 8 == 0 and head_dim <= 256 and "ampere" in available:
         attention = next((name for name in ("flash-attn", "torch varlen") if name in available), attention)
     head = "triton" if cuda and "triton" in available and dtype == torch.bfloat16 else "reference"
-    return Implementations(fused, fused, fused, attention, head)
+    return Implementations(fused, fused, fused, attention, head, decoding(cuda, dtype, attention, available))
+
+
+def decoding(cuda: bool, dtype: torch.dtype, attention: str, available: frozenset[str]) -> str:
+    if not cuda:
+        return "in place"
+    if "triton" in available and "ampere" in available and dtype != torch.float64:
+        return "bcr_kernels"
+    return attention if attention == "flash-attn" or (attention == "torch varlen" and "block tables" in available) else "reference"
 
 
 @functools.cache
@@ -51,7 +62,10 @@ def available_here() -> frozenset[str]:
     packages = {"liger": "liger_kernel", "flash-attn": "flash_attn", "triton": "triton"}
     found = {name for name, package in packages.items() if importlib.util.find_spec(package)}
     if torch.cuda.is_available():
-        found |= {"torch varlen"} if torch.backends.cuda.is_flash_attention_available() else set()
+        if torch.backends.cuda.is_flash_attention_available():
+            from torch.nn.attention.varlen import varlen_attn
+
+            found |= {"torch varlen"} | ({"block tables"} if "block_table" in inspect.signature(varlen_attn).parameters else set())
         found |= {"ampere"} if torch.cuda.get_device_capability() >= (8, 0) else set()
     return frozenset(found)
 

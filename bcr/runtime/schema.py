@@ -83,7 +83,7 @@ class SamplingConfig:
     temperature: float = 1.0
     max_batch: int = 256
     row_block: int = 16
-    cache_mb: int = 2048
+    cache_mb: int | None = None
     invariant: bool | None = None
     top_k: int = 0
     top_p: float = 1.0

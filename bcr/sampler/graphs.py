@@ -20,6 +20,11 @@ def padded_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def most_rows(rows: int) -> int:
+    """The rows of the buffers for at most so many: a multiple of 16, with which equal rows get equal bits (`row_attention.py`)."""
+    return -(-padded_rows(rows) // 16) * 16
+
+
 def eager(work: Work) -> Work:
     """No graph: what runs on a CPU, where it exercises the same buffers and padding."""
     return work

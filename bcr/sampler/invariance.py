@@ -5,6 +5,8 @@ The rules are facts about matrix products on CPUs, not promises of torch: `bcr/m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -43,3 +45,14 @@ def logits_of_equal_rows(model: Decoder, token_ids: torch.Tensor) -> torch.Tenso
     """Logits [T,V] of T equal tokens at position 1, with the query in place of attention."""
     hidden = model(token_ids, torch.ones_like(token_ids), lambda layer, query, key, value: query)
     return model.logits(hidden)
+
+
+@torch.inference_mode()
+def check_places(model: Decoder, counts: Sequence[int]) -> str | None:
+    """For the paged path, whose passes always have one of `counts` rows: a sentence where equal rows of a pass get other last bits."""
+    for count in counts:
+        ones = torch.ones(count, dtype=torch.int64, device=model.embed_tokens.weight.device) % model.config.vocab_size
+        hidden = model(ones, torch.ones_like(ones), lambda layer, query, key, value: query)
+        if not bool((hidden == hidden[0]).all()):
+            return f"this device gives equal rows of a pass of {count} other last bits; sampling.invariant=false accepts it."
+    return None

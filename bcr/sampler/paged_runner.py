@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bcr.model import Decoder
 from bcr.sampler.batch import upload
-from bcr.sampler.graphs import Graphs, Work, padded_rows
+from bcr.sampler.graphs import Graphs, Work, most_rows, padded_rows
 from bcr.sampler.kv_cache import KVCache
-from bcr.sampler.paged import PagedAttention, chunk_inputs
+from bcr.sampler.paged import PagedAttention, Way, chunk_inputs
 from bcr.sampler.rows import Rows
 from bcr.sampler.runner import Step
 from bcr.sampler.sampling import SamplingParams, keyed_bits, sample
 from bcr.sampler.scheduler import Chunk, Plan
 from bcr_kernels import linear_sample
-from bcr_kernels._rows import Backend
 
 STOPS = 16  # the buffer of stop tokens holds a multiple of so many
 LEAST_SPAN = 512  # positions: block tables are passed on in widths of 512, 1024, 2048, ... positions
@@ -29,7 +29,9 @@ class PagedRunner:
     Tokens, positions, block tables, stop checks and log-probs live on the device. A row that ended there is inert from the next step on,
     whether the host has read of it or not. Prompts go through the model in a pass of their own beside the graph of the decoding rows.
     `fused`: `linear_sample` chooses tokens by Gumbel-max without logits in memory; False: `sample`, from logits, as on a CPU and for cut
-    distributions. `padded` False runs exactly as many rows as there are.
+    distributions. `padded` False runs exactly as many rows as there are. `fixed_tokens`: every pass over prompts has so many tokens and
+    every pass over decoding rows as many rows as there can be, idle ones included, so that no matrix product changes its shape.
+    `with_logprob` False leaves the log-probs at 0, to see what they cost.
     """
 
     def __init__(
@@ -38,26 +40,34 @@ class PagedRunner:
         cache: KVCache,
         max_rows: int,
         *,
-        backend: Backend = "auto",
+        way: Way,
         capture: Callable[[Work], Work],
         fused: bool = True,
         padded: bool = True,
+        fixed_tokens: int | None = None,
+        with_logprob: bool = True,
     ) -> None:
-        self.model, self.cache, self.backend, self.fused, self.padded = model, cache, backend, fused, padded
+        self.model, self.cache, self.way, self.fused, self.padded = model, cache, way, fused, padded
+        self.fixed_tokens, self.with_logprob = fixed_tokens, with_logprob
         device = cache.device
-        capacity = padded_rows(max_rows)
+        capacity = most_rows(max_rows)
         self.rows = Rows(capacity, -(-model.config.max_position_embeddings // cache.block_size), device)
         self.ends = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self.temperature = torch.ones(capacity, device=device)
         self.stops = torch.full((STOPS,), -1, dtype=torch.int64, device=device)
         self.out = torch.zeros(2 * capacity, dtype=torch.float64, device=device)
         self.graphs = Graphs(capture)
-        self.params = SamplingParams(stop_token_ids=(0,))
+        self.places: list[int] = []
+        self.params = SamplingParams(stop_token_ids=(0,), top_k=1)
 
     def begin(self, params: SamplingParams) -> None:
         """Nobody sits; tokens are drawn by `params` from now on."""
         self.rows.clear()
         self.params = params
+        places = [weight.data_ptr() for weight in self.model.parameters()]
+        if places != self.places:  # an update in place keeps them, a weight that moved does not
+            self.places = places
+            self.graphs.clear()
         self.temperature.fill_(params.temperature)
         stops = [*params.stop_token_ids, *[-1] * (-len(params.stop_token_ids) % STOPS)]
         if len(stops) != self.stops.shape[0]:
@@ -75,7 +85,7 @@ class PagedRunner:
         if not count:
             nothing = torch.zeros(0)
             return Step([], nothing, nothing)
-        size = padded_rows(count) if self.padded else count
+        size = self.ends.shape[0] - 1 if self.fixed_tokens else padded_rows(count) if self.padded else count
         width = self._width(max(draft.cached for draft in plan.live))
         cut = (self.params.temperature, self.params.top_k, self.params.top_p, self.params.min_p)
         by_logits = self.params.truncated or not self.fused
@@ -83,8 +93,14 @@ class PagedRunner:
         return self._read_back(count, size)
 
     def _prefill(self, chunks: Sequence[Chunk]) -> None:
-        token_ids, positions, attention = chunk_inputs(chunks, self.cache, self.backend)
+        token_ids, positions, attention = chunk_inputs(chunks, self.cache, self.way, self.fixed_tokens)
         self.model(token_ids, positions, attention)
+
+    def warm_up(self, tokens: int) -> None:
+        """The largest steps there can be, all of it inert: compiles the kernels and shows how much memory a step needs."""
+        self.model(*chunk_inputs([], self.cache, self.way, tokens))
+        for by_logits in (False, True):
+            self._decode(self.ends.shape[0] - 1, self.rows.table.shape[1], by_logits)
 
     def _decode(self, size: int, width: int, by_logits: bool) -> None:
         """One token for rows 0 .. size - 1, from and into the buffers; contexts lie in the first `width` blocks."""
@@ -94,15 +110,15 @@ class PagedRunner:
         slots = torch.where(on, block * block_size + position % block_size, -1)
         lengths = torch.where(on, position + 1, 0).int()
         table = self.rows.table[:size, :width].contiguous()
-        attention = PagedAttention(self.cache, slots, table, lengths, self.ends[: size + 1], 1, self.backend)
+        attention = PagedAttention(self.cache, slots, table, lengths, self.ends[: size + 1], 1, self.way)
         hidden = self.model(token, position, attention)
         if by_logits:
             tokens, logprobs = sample(self.model.logits(hidden), self.params, key, position - first)
         else:
             keys = keyed_bits(key, position - first)
-            drawn = linear_sample(hidden, self.model.head_weight, keys, temperature=self.temperature[:size], backend=self.backend)
-            assert drawn.logprob is not None
-            tokens, logprobs = drawn.token, drawn.logprob
+            options: dict[str, Any] = {"with_logprob": self.with_logprob, "backend": self.way.backend}
+            drawn = linear_sample(hidden, self.model.head_weight, keys, temperature=self.temperature[:size], **options)
+            tokens, logprobs = drawn.token, torch.zeros_like(key) if drawn.logprob is None else drawn.logprob
         out = self.out[: 2 * size].view(2, size)
         out[0], out[1] = tokens, logprobs
         ended = (tokens[:, None] == self.stops).any(1) | (position >= last)

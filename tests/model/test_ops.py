@@ -13,7 +13,7 @@ from bcr.model import ops
 from bcr.model.attention import PackedAttention
 from bcr.model.ops import Implementations, choose
 
-ALL = frozenset({"liger", "flash-attn", "torch varlen", "triton", "ampere"})
+ALL = frozenset({"liger", "flash-attn", "torch varlen", "block tables", "triton", "ampere"})
 TORCH = Implementations("torch", "torch", "torch", "torch sdpa", "reference")
 
 
@@ -34,13 +34,32 @@ TORCH = Implementations("torch", "torch", "torch", "torch sdpa", "reference")
     ],
 )
 def test_the_choice(device, dtype, head_dim, available, norm, attention, head) -> None:
-    assert choose(device, dtype, head_dim, available) == Implementations(norm, norm, norm, attention, head)
+    chosen = choose(device, dtype, head_dim, available)
+    assert chosen == Implementations(norm, norm, norm, attention, head, chosen.decoding)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "available", "decoding"),
+    [
+        ("cpu", torch.float32, ALL, "in place"),
+        ("cuda", torch.bfloat16, ALL, "bcr_kernels"),
+        ("cuda", torch.float32, ALL, "bcr_kernels"),
+        ("cuda", torch.float64, ALL, "reference"),
+        ("cuda", torch.bfloat16, ALL - {"ampere"}, "reference"),
+        ("cuda", torch.bfloat16, ALL - {"triton"}, "flash-attn"),
+        ("cuda", torch.float32, ALL - {"triton"}, "reference"),
+        ("cuda", torch.bfloat16, ALL - {"triton", "flash-attn"}, "torch varlen"),
+        ("cuda", torch.bfloat16, ALL - {"triton", "flash-attn", "block tables"}, "reference"),
+    ],
+)
+def test_the_choice_for_the_sampler(device, dtype, available, decoding) -> None:
+    assert choose(device, dtype, 128, available).decoding == decoding
 
 
 def test_on_a_cpu_it_is_torch_and_says_so() -> None:
     chosen = ops.implementations("cpu", torch.float32)
     assert chosen == TORCH
-    assert str(chosen) == "norm: torch, swiglu: torch, rope: torch, attention: torch sdpa, head: reference"
+    assert str(chosen) == "norm: torch, swiglu: torch, rope: torch, attention: torch sdpa, head: reference, decoding: in place"
 
 
 @pytest.mark.parametrize("way", ["flash-attn", "torch varlen"])
