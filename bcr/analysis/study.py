@@ -40,7 +40,7 @@ def summarise_study(
         "title": title,
         "measurement": first["measurement"],
         "cells": {cell: {**told[cell], **summarise_cell(found, results["base"][0])} for cell, found in results.items()},
-        "missing": [cell for cell in about if cell not in results],
+        "missing": [told[cell]["label"] for cell in about if cell not in results],
         "compare": [compared(one, control, results) for one, control in compare if one in results and control in results],
     }
     return {**summary, "said": findings(summary)}

@@ -174,8 +174,8 @@ def fragile(summary: Summary) -> list[str]:
         ]
         if name != "base" and lost:
             said.append(f"{cell['label']} at {', '.join(lost)}")
-    what = f"more than {100 * FRAGILE:.0f} points below the base, in its worst seed"
-    return [f"Cells that fall {what}: {'; '.join(said)}." if said else f"No cell falls {what}, at any N."]
+    what = f"more than {100 * FRAGILE:.0f} points below the base in their worst seed"
+    return [f"Cells that fall {what}: {'; '.join(said)}." if said else f"No cells fall {what} at any N."]
 
 
 FRAGILE = 0.05
