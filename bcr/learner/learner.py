@@ -9,20 +9,27 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from bcr.learner.logprobs import completion_logprobs
 from bcr.learner.losses import Denominators, LossConfig
-from bcr.learner.off_policy import OffPolicyConfig, measures, together
-from bcr.learner.packs import Example, make_pack, pack_examples
-from bcr.learner.step import OptimizerConfig, optimizer_step, pack_loss
+from bcr.learner.off_policy import OffPolicyConfig, Share, measures, together
+from bcr.learner.packs import Example, Pack, make_pack, pack_examples, silent_pack
+from bcr.learner.probe import fitting_pack
+from bcr.learner.step import OptimizerConfig, gradient_norm, optimizer_step, pack_loss
 from bcr.model import Decoder
+from bcr.parallel.ranks import Ranks
+from bcr.parallel.sharding import publish, shard
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Learned:
-    """Sums for the log; how many of the examples had a signal; and, where an update had to be skipped, which are to blame."""
+    """Sums for the log; how many of the examples had a signal; and, where an update had to be skipped, which are to blame.
+
+    Of all ranks together, the same on each.
+    """
 
     sums: dict[str, float]
     num_live: int
@@ -33,6 +40,10 @@ class Learned:
 
 class Learner:
     """The optimizer of one run, and with a KL term the frozen reference: the model as it is when the learner is made.
+
+    Alone it trains `model` itself. With several ranks it trains shards of it over `mesh` (`self.model`), and `model` stays the whole copy
+    that the sampler reads, brought up to date by `publish`; then every method is a collective. What is out of memory there cannot be tried
+    again by one rank alone, so `probe` finds the largest pack beforehand.
 
     Its plain state is the largest pack that fits in memory, where that was found to be smaller than asked.
     """
@@ -45,44 +56,78 @@ class Learner:
         off_policy: OffPolicyConfig,
         temperature: float,
         device: torch.device,
+        ranks: Ranks | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
-        self.model, self.config, self.loss, self.off_policy = model, optimizer, loss, off_policy
+        self.ranks = ranks or Ranks.alone(device)
+        assert mesh is not None or self.ranks.size == 1, "several ranks train shards"
+        self.whole, self.config, self.loss, self.off_policy = model, optimizer, loss, off_policy
         self.temperature, self.device = temperature, device
-        self.optimizer = optimizer.build(model)
-        frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}  # shared, not copied
-        self.reference = copy.deepcopy(model, frozen).requires_grad_(False) if loss.kl_coef > 0 else None
+        self.model = model if mesh is None else shard(model, mesh)
+        self.optimizer = optimizer.build(self.model)
+        self.reference = self._frozen(model, mesh) if loss.kl_coef > 0 else None
         self.pack_tokens = optimizer.pack_tokens
 
+    @staticmethod
+    def _frozen(model: Decoder, mesh: DeviceMesh | None) -> Decoder:
+        if mesh is not None:
+            return shard(model, mesh, trained=False)
+        frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}  # shared, not copied
+        return copy.deepcopy(model, frozen).requires_grad_(False)
+
     def learn(self, examples: Sequence[Example], step: int) -> Learned:
-        """The updates of step `step` (from 0), each from its share of the examples, which are in the order of their bundles."""
-        examples = self._with_logprobs(examples)
-        size = len(examples) // self.off_policy.updates
+        """The updates of step `step` (from 0) of a process alone; the examples are in the order of their bundles."""
+        return self.learn_shares(Share.split(examples, self.off_policy.updates), step)
+
+    def learn_shares(self, shares: Sequence[Share], step: int) -> Learned:
+        """The updates of step `step` (from 0), each from its share: as many on every rank, some perhaps without an example."""
+        shares = self._with_logprobs(shares)
         lr, updates, culprits, skipped = self.config.rate(step), [], list[int](), False
-        for start in range(0, len(examples), size):
-            part = examples[start : start + size]
-            total = Denominators.of(example.segments for example in part)
-            live = [example for example in part if self._is_live(example)]
-            updates.append(self._fitting(live, partial(self._update, total=total, lr=lr)))
-            if live and not updates[-1]["updated"]:
+        for share in shares:
+            live = [example for example in share.examples if self.is_live(example)]
+            updates.append(self._fitting(live, partial(self._update, total=share.total, lr=lr)))
+            if not updates[-1]["updated"] and self.ranks.any(bool(live)):
                 skipped = True
-                culprits += [start + index for index in self._culprits(part, total)]
+                culprits += self._culprits(share)
         sums = together(updates, all_mismatch=self.loss.importance_cap is not None)
-        num_live = sum(example.has_signal for example in examples)
+        num_live = sum(self.ranks.gather(sum(example.has_signal for share in shares for example in share.examples)))
         return Learned(sums, num_live, skipped, culprits, measures(self.off_policy, self.loss, sums))
 
-    def _is_live(self, example: Example) -> bool:
+    def publish(self) -> None:
+        """Bring the sampler's copy of the weights up to date. Nothing to do for a process alone: there the sampler reads the trainer's."""
+        if self.model is not self.whole:
+            publish(self.model, self.whole)
+
+    def probe(self, longest: int) -> None:
+        """Lower `pack_tokens` to what fits into memory on every rank; `longest` is the longest rollout that can come.
+
+        MemoryError where not even that one fits.
+        """
+        found = fitting_pack(self.whole, self.model, self.loss, self.temperature, max(self.pack_tokens, longest), longest)
+        smallest = min(self.ranks.gather(found))
+        if smallest < longest:
+            raise MemoryError(no_room(self.device, longest))
+        if smallest < self.pack_tokens:
+            self.pack_tokens = smallest
+            if self.ranks.rank == 0:
+                print(f"{self.device} has no room for a larger pack; packs have at most {smallest} tokens.")
+
+    def is_live(self, example: Example) -> bool:
+        """Whether it can change the weights."""
         return example.has_signal or (self.reference is not None and len(example.token_ids) > 0)
 
-    def _with_logprobs(self, examples: Sequence[Example]) -> Sequence[Example]:
-        """The live examples with the learner's own log-probs and the reference's, where the loss needs them."""
-        live = [example for example in examples if self._is_live(example)]
+    def _with_logprobs(self, shares: Sequence[Share]) -> Sequence[Share]:
+        """The shares, their live examples with the learner's own log-probs and the reference's, where the loss needs them."""
+        live = [example for share in shares for example in share.examples if self.is_live(example)]
         own = self._logprobs(self.model, live) if self.loss.importance_cap is not None else {}
         reference = self._logprobs(self.reference, live) if self.reference is not None else {}
         if not own and not reference:
-            return examples
-        return [
-            replace(example, learner_logprobs=own.get(id(example)), reference_logprobs=reference.get(id(example))) for example in examples
-        ]
+            return shares
+
+        def full(example: Example) -> Example:
+            return replace(example, learner_logprobs=own.get(id(example)), reference_logprobs=reference.get(id(example)))
+
+        return [replace(share, examples=[full(example) for example in share.examples]) for share in shares]
 
     def _logprobs(self, model: Decoder, examples: Sequence[Example]) -> dict[int, list[float]]:
         """Of every example's completion under `model`, by the example's `id`."""
@@ -94,19 +139,27 @@ class Learner:
         return self._fitting(examples, work)
 
     def _fitting(self, examples: Sequence[Example], work: Callable[[list[list[Example]]], Result]) -> Result:
-        """`work` on the examples in packs; out of memory, again with smaller ones. It must change no weights before its end."""
+        """`work` on the examples in packs, as many on every rank; out of memory, alone, again with smaller ones.
+
+        It must change no weights before its end.
+        """
         while True:
             groups = pack_examples(examples, self.pack_tokens)
+            most = max(self.ranks.gather(len(groups)))
             try:
-                return work(groups)
+                return work(groups + [[] for _ in range(most - len(groups))])
             except torch.OutOfMemoryError:
-                pass  # go on below, where the error no longer keeps the tensors of the failed pass alive
-            self._make_room(groups)
+                if self.ranks.size > 1:
+                    raise
+            self._make_room(groups)  # here, where the error no longer keeps the tensors of the failed pass alive
 
     def _update(self, groups: Sequence[Sequence[Example]], total: Denominators, lr: float) -> dict[str, float]:
-        packs = (make_pack(group, self.loss, total, self.device) for group in groups)
+        packs = (self._pack(group, total) for group in groups)
         options = {"temperature": self.temperature, "lr": lr, "grad_clip": self.config.grad_clip}
-        return optimizer_step(self.model, self.optimizer, packs, self.loss.rule(), **options)
+        return optimizer_step(self.model, self.optimizer, packs, self.loss.rule(), **options, ranks=self.ranks)
+
+    def _pack(self, group: Sequence[Example], total: Denominators) -> Pack:
+        return make_pack(group, self.loss, total, self.device) if group else silent_pack(self.loss, self.device)
 
     def _make_room(self, groups: Sequence[Sequence[Example]]) -> None:
         """Drop the gradients of the failed attempt and halve the packs, for good: the next step would fail just so."""
@@ -116,29 +169,45 @@ class Learner:
             torch.cuda.empty_cache()
         largest, count = max((sum(example.length for example in group), len(group)) for group in groups)
         if count == 1:
-            raise MemoryError(
-                f"{self.device} has no room for one rollout of {largest} tokens; lower bundles.budget, or sampling.cache_mb for more room."
-            )
+            raise MemoryError(no_room(self.device, largest))
         self.pack_tokens = largest // 2
         print(f"{self.device} is out of memory for a pack of {largest} tokens; packs have at most {self.pack_tokens} from now on.")
 
-    def _culprits(self, examples: Sequence[Example], total: Denominators) -> list[int]:
-        """The examples that alone already have a loss or a gradient that is not finite. It takes as long as a step with packs of one."""
+    def _culprits(self, share: Share) -> list[int]:
+        """The examples of all ranks that alone already have a loss or a gradient that is not finite, by their indices.
+
+        It takes as long as a step with packs of one. Where the ranks' examples of one round are not sound together, each is tried alone.
+        """
         found = []
-        for index, example in enumerate(examples):
-            if not self._is_live(example):
+        for index, example in self._rounds(share):
+            if self._is_sound(example, share.total):
                 continue
-            pack = make_pack([example], self.loss, total, self.device)
-            loss, _ = pack_loss(self.model, pack, self.loss.rule(), self.temperature)
-            loss.backward()
-            norm = torch.nn.utils.get_total_norm([weight.grad for weight in self.model.parameters() if weight.grad is not None])
-            if not (torch.isfinite(loss) and torch.isfinite(norm)):
-                found.append(index)
-            self.model.zero_grad(set_to_none=True)
-        return found
+            for rank in range(self.ranks.size):
+                tried = example if rank == self.ranks.rank else None
+                if (self.ranks.size == 1 or not self._is_sound(tried, share.total)) and tried is not None:
+                    found.append(index)
+        return sorted(index for part in self.ranks.gather(found) for index in part)
+
+    def _rounds(self, share: Share) -> list[tuple[int, Example | None]]:
+        """The live examples with their indices, filled up with None to the number of the rank that has most."""
+        live = [(index, example) for index, example in zip(share.indices, share.examples, strict=True) if self.is_live(example)]
+        most = max(self.ranks.gather(len(live)))
+        return live + [(-1, None)] * (most - len(live))
+
+    def _is_sound(self, example: Example | None, total: Denominators) -> bool:
+        """Whether loss and gradient of the ranks' examples (None: this rank has none) together are finite. Nothing is learnt from them."""
+        loss, _ = pack_loss(self.model, self._pack([] if example is None else [example], total), self.loss.rule(), self.temperature)
+        loss.backward()
+        norm = gradient_norm(self.model.parameters())
+        self.model.zero_grad(set_to_none=True)
+        return not self.ranks.any(not bool(torch.isfinite(loss) & torch.isfinite(norm)))
 
     def state_dict(self) -> dict[str, Any]:
         return {"pack_tokens": self.pack_tokens}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.pack_tokens = state["pack_tokens"]
+
+
+def no_room(device: torch.device, tokens: int) -> str:
+    return f"{device} has no room for one rollout of {tokens} tokens; lower bundles.budget, or sampling.cache_mb for more room."

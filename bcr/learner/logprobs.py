@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from bcr.learner.forward import hidden_states
+from bcr.learner.forward import through_head
 from bcr.learner.losses import Denominators, LossConfig
-from bcr.learner.packs import IGNORED, Example, make_pack
+from bcr.learner.packs import IGNORED, Example, make_pack, silent_pack
 from bcr.model import Decoder
+from bcr.parallel.sharding import release
 from bcr_kernels import linear_logprob
 
 
@@ -18,13 +20,18 @@ from bcr_kernels import linear_logprob
 def completion_logprobs(
     model: Decoder, groups: Sequence[Sequence[Example]], temperature: float, device: torch.device
 ) -> list[list[list[float]]]:
-    """For each group of examples (a pack), each example and each completion token its log-prob: full vocabulary, at `temperature`."""
+    """For each group of examples (a pack), each example and each completion token its log-prob: full vocabulary, at `temperature`.
+
+    Of sharded weights every rank calls it, with the same number of groups; some may be empty.
+    """
     found = []
     for group in groups:
-        pack = make_pack(group, LossConfig(), Denominators.of(example.segments for example in group), device)
-        hidden = hidden_states(model, pack)
-        logprobs = linear_logprob(hidden, model.head_weight, pack.targets, temperature=temperature).logprob
+        total = Denominators.of(example.segments for example in group)
+        pack = make_pack(group, LossConfig(), total, device) if group else silent_pack(LossConfig(), device)
+        head = partial(linear_logprob, targets=pack.targets, temperature=temperature)
+        logprobs = through_head(model, pack, head).logprob
         values = logprobs[pack.targets != IGNORED].tolist()
         ends = itertools.accumulate((len(example.token_ids) for example in group), initial=0)
         found.append([values[start:stop] for start, stop in itertools.pairwise(ends)])
+    release(model)
     return found

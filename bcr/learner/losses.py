@@ -84,6 +84,12 @@ class Denominators:
             problems=sum(len({segment.problem for segment in row}) for row in spans),
         )
 
+    @staticmethod
+    def total(parts: Iterable[Denominators]) -> Denominators:
+        """The counts of all ranks together."""
+        counts = [(part.tokens, part.rollouts, part.problems) for part in parts]
+        return Denominators(*(sum(column) for column in zip(*counts, strict=True)))
+
 
 def token_weights(
     config: LossConfig, total: Denominators, segment_ids: Tensor, sequence_ids: Tensor, problem_ids: Tensor, dtype: torch.dtype

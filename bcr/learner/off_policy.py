@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bcr.learner.losses import LossConfig
+from bcr.learner.losses import Denominators, LossConfig
+from bcr.learner.packs import Example
 
 MEANS = ("loss_sum", "grad_norm", "updated")
 
@@ -22,6 +23,23 @@ class OffPolicyConfig:
             raise ValueError(f"off_policy.updates is {self.updates}; it must divide bundles.per_step, which is {bundles_per_step}.")
         if self.staleness < 0:
             raise ValueError(f"off_policy.staleness is {self.staleness}; it must not be negative.")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank learns from in one update. `indices`: of each example its place among all that the ranks sampled for the step."""
+
+    examples: Sequence[Example]
+    indices: Sequence[int]
+    total: Denominators  # of the update, over all ranks
+
+    @staticmethod
+    def split(examples: Sequence[Example], updates: int) -> list[Share]:
+        """The shares of one process alone: the step's examples, in the order of their bundles, split among the updates."""
+        size = len(examples) // updates
+        starts = range(0, len(examples), size)
+        parts = [(examples[start : start + size], range(start, start + size)) for start in starts]
+        return [Share(part, indices, Denominators.of(example.segments for example in part)) for part, indices in parts]
 
 
 def together(updates: Sequence[dict[str, float]], all_mismatch: bool) -> dict[str, float]:

@@ -140,6 +140,23 @@ def make_pack(
     )
 
 
+def silent_pack(loss: LossConfig, device: torch.device | str = "cpu") -> Pack:
+    """A pack of one token without a loss. Its gradient is 0, but it goes through every layer: for a rank where others have more packs."""
+    token, nothing = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device)
+    return Pack(
+        input_ids=token,
+        position_ids=token,
+        lengths=[1],
+        targets=token + IGNORED,
+        old_logprobs=nothing,
+        segment_ids=token - 1,
+        advantages=nothing,
+        weights=nothing,
+        behaviour_logprobs=None if loss.importance_cap is None else nothing,
+        reference_logprobs=nothing if loss.kl_coef > 0 else None,
+    )
+
+
 def pack_examples(examples: Iterable[Example], pack_tokens: int) -> list[list[Example]]:
     """Examples grouped into packs of at most `pack_tokens` tokens, longest first, so that like lengths meet and little is padded.
 

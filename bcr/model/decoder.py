@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # attention(layer, query[T,Q,D], key[T,K,D], value[T,K,D]) -> [T,Q,D]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Head = Callable[[Tensor, Tensor], Any]  # head(hidden[T,H], head_weight[V,H]) -> whatever its caller makes of them
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Decoder(nn.Module):
     """input_ids[T], position_ids[T] -> hidden[T,H] after the final norm; logits are `hidden @ head_weight.T`.
 
     The head is left to its caller because no caller wants the logits of every token: the learner goes through
-    `bcr_kernels.linear_logprob`, the sampler needs one row for each sequence.
+    `bcr_kernels.linear_logprob`, the sampler needs one row for each sequence. Given as `head`, it runs inside the forward, whose result
+    is then the head's: of sharded weights the head's is whole only there.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -110,15 +112,14 @@ class Decoder(nn.Module):
             return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
         return F.linear(hidden.float(), weight.float())
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attention: Attention) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention: Attention, head: Head | None = None) -> Any:
         hidden = self.embed_tokens(input_ids)
         rotation = self.rotary(position_ids)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, rotation, attention, use_reentrant=False, preserve_rng_state=False)
-            else:
-                hidden = layer(hidden, rotation, attention)
-        return self.norm(hidden)
+            hidden = layer(hidden, rotation, attention, recompute)
+        hidden = self.norm(hidden)
+        return hidden if head is None else head(hidden, self.head_weight)
 
     @torch.no_grad()
     def init_weights(self, seed: int, std: float = 0.02) -> Decoder:
@@ -176,7 +177,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = feed_forward(config, index)
 
-    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
+    def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention, recompute: bool = False) -> Tensor:
+        """`recompute`: the backward makes the activations again. Inside the layer, so that a sharded layer is whole by then."""
+        if recompute:
+            return checkpoint(self.compute, hidden, rotation, attention, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(hidden, rotation, attention)
+
+    def compute(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attention: Attention) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, attention)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 

@@ -1,0 +1,89 @@
+"""How large a pack fits into memory, found before the first step: with several ranks no rank can try a failed pack again alone.
+
+A rank probes alone, without the others: a forward and backward of its whole copy of the weights, over dummy tokens, while it holds as much
+memory beside it as sharded training will. So one rank out of memory leaves no other waiting in a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from bcr.learner import step
+from bcr.learner.losses import LossConfig
+from bcr.learner.packs import Pack
+from bcr.model import Decoder
+from bcr.parallel.sharding import training_memory
+
+ROW = 1024  # tokens of a dummy sequence: attention keeps nothing quadratic, so longer ones would only take longer
+
+
+def fitting_pack(copy: Decoder, sharded: Decoder, loss: LossConfig, temperature: float, tokens: int, least: int) -> int:
+    """The largest of `tokens`, a half of it, a quarter, ..., that fits; 0 where that would be below `least`, which is tried last."""
+    sizes = [tokens]
+    while sizes[-1] > least:
+        sizes.append(max(least, sizes[-1] // 2))
+    return next((size for size in sizes if fits(copy, sharded, dummy_pack(copy, loss, size), loss, temperature)), 0)
+
+
+def fits(copy: Decoder, sharded: Decoder, pack: Pack, loss: LossConfig, temperature: float) -> bool:
+    """Whether there is memory for learning from the pack. No weight changes and no gradient stays."""
+    fitted = False
+    try:
+        learn_once(copy, sharded, pack, loss, temperature)
+        fitted = True
+    except torch.OutOfMemoryError:
+        pass  # go on below, where the error no longer keeps the tensors of the failed pass alive
+    if pack.input_ids.is_cuda:
+        torch.cuda.empty_cache()
+    return fitted
+
+
+def learn_once(copy: Decoder, sharded: Decoder, pack: Pack, loss: LossConfig, temperature: float) -> None:
+    held = training_memory(sharded)
+    with gradients_dropped(copy):
+        step.pack_loss(copy, pack, loss.rule(), temperature)[0].backward()
+    del held
+
+
+@contextmanager
+def gradients_dropped(model: Decoder) -> Iterator[None]:
+    """Backwards inside make every weight's gradient and free it at once, as where it goes to the shards of all ranks."""
+
+    def drop(weight: Tensor) -> None:
+        weight.grad = None
+
+    wanted = [weight.requires_grad for weight in model.parameters()]
+    hooks = [weight.requires_grad_(True).register_post_accumulate_grad_hook(drop) for weight in model.parameters()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for weight, before in zip(model.parameters(), wanted, strict=True):
+            weight.requires_grad_(before)
+        model.zero_grad(set_to_none=True)
+
+
+def dummy_pack(model: Decoder, loss: LossConfig, tokens: int) -> Pack:
+    """`tokens` tokens, all of them with a loss."""
+    device = model.head_weight.device
+    row = min(ROW, tokens, model.config.max_position_embeddings)
+    lengths = [row] * (tokens // row) + [tokens % row] * (tokens % row > 0)
+    zeros, ones = torch.zeros(tokens, device=device), torch.ones(tokens, device=device)
+    ids = torch.zeros(tokens, dtype=torch.int64, device=device)
+    return Pack(
+        input_ids=ids,
+        position_ids=torch.cat([torch.arange(length, device=device) for length in lengths]),
+        lengths=lengths,
+        targets=ids,
+        old_logprobs=zeros,
+        segment_ids=ids,
+        advantages=ones[:1],
+        weights=ones / tokens,
+        behaviour_logprobs=None if loss.importance_cap is None else zeros,
+        reference_logprobs=zeros if loss.kl_coef > 0 else None,
+    )
