@@ -95,8 +95,8 @@ def unweighted_rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of [T,2I] -> [T,I]."""
-    if fused(gate_up):
+    """silu(gate) * up of [T,2I] -> [T,I]; T is 0 for an expert that no token chose."""
+    if fused(gate_up) and len(gate_up):
         from bcr.model import liger
 
         return liger.swiglu(gate_up)
