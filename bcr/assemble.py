@@ -15,7 +15,7 @@ from bcr.model import Decoder, DecoderConfig, load_pretrained
 from bcr.model.huggingface import read_config, resolve, stop_token_ids
 from bcr.model.lora import adapt
 from bcr.records import Problem
-from bcr.runtime.config import config_folder, typed
+from bcr.runtime.config import config_folder, first_here, typed
 from bcr.runtime.schema import BundleConfig, DataConfig, DialectConfig, GradingConfig, ModelConfig, RandomModel, SamplingConfig
 from bcr.sampler import Sampler, SamplingParams
 from bcr.tasks.arithmetic import ArithmeticDialect, ArithmeticProblems
@@ -136,7 +136,8 @@ def decontaminated(data: DataConfig) -> tuple[list[Problem], list[Overlap]]:
     for entry in data.exclude:
         found = overlaps(problems, read_problems(data_set(entry, data)), data.exclude_ngram, data.exclude_share)
         excluded |= {overlap.id: overlap for overlap in found}
-        print(f"data: {len(found):,} of {len(problems):,} problems are in {entry} and left out", file=sys.stderr)
+        if first_here():
+            print(f"data: {len(found):,} of {len(problems):,} problems are in {entry} and left out", file=sys.stderr)
     kept = [problem for problem in problems if problem.id not in excluded]
     if not kept:
         raise ValueError(f"data.exclude leaves none of the {len(problems)} problems; was the benchmark itself given as data?")
@@ -157,10 +158,11 @@ def build_bundles(task: Task, settings: BundleConfig, sizes: Mapping[int, float]
     return SeparateContexts(bundles, task.dialect) if settings.contexts == "separate" else bundles
 
 
-def check_context(task: Task, sizes: Iterable[int], budget: Budget, problems: Sequence[Problem] | None = None) -> None:
-    """Raise ValueError where the longest prompt (of `problems`, or else of the task's) and its budget cannot fit the model's context."""
+def check_context(task: Task, sizes: Iterable[int], budget: Budget, problems: Sequence[Problem] | None = None) -> int:
+    """Tokens of the longest prompt (of `problems`, or else of the task's) with its budget. ValueError where they cannot fit the context."""
     context = task.model.config.max_position_embeddings
     asked = problems or task.finite or [task.problems[index] for index in range(64)]
+    longest = 0
     for size in sizes:
         new = budget.tokens(size)
         prompt = longest_prompt(asked, task.dialect, size)
@@ -169,6 +171,8 @@ def check_context(task: Task, sizes: Iterable[int], budget: Budget, problems: Se
                 f"N = {size} needs {prompt + new} positions ({prompt} for the longest prompt, and its budget of {new} new tokens, "
                 f"max_new_tokens); the model's context is {context}."
             )
+        longest = max(longest, prompt + new)
+    return longest
 
 
 def build_sampler(model: Decoder, settings: SamplingConfig, learner: bool = False) -> Sampler:

@@ -1,29 +1,44 @@
-"""Where a step's rollouts come from: bundles, sampled as they are needed or some steps ahead."""
+"""Where a step's rollouts come from: bundles, dealt to the ranks, sampled as they are needed or some steps ahead."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from bcr.parallel.exchange import balanced
+from bcr.parallel.ranks import Ranks
 from bcr.records import Bundle, Problem, Rollout
 from bcr.sampler import Sampler, SamplingParams
 from bcr.separate_contexts import sample_chains
 from bcr.tasks.bundles import Stream, as_request
 
-Batch = tuple[list[Bundle], list[list[Rollout]]]
+
+@dataclass(frozen=True)
+class Batch:
+    """Bundles of a step with their rollouts: those of one rank, at their `places` among all of the step."""
+
+    places: list[int]
+    bundles: list[Bundle]
+    groups: list[list[Rollout]]
 
 
 class RolloutStream:
-    """`next()` gives a batch of `per_step` bundles with their rollouts, sampled with the weights as they were `staleness` calls ago.
+    """`next()` gives this rank's part of a batch of `per_step` bundles, sampled with the weights as they were `staleness` calls ago.
 
     With staleness 0 that is: as they are. Otherwise the first call samples so many batches ahead, and each later call one, as a sampler
-    would that works beside the learner. Its state: the cursors of the bundles, the policy version, the batches that wait.
+    would that works beside the learner. Every rank takes the same bundles from the stream and samples some of them; as sampling is keyed by
+    bundle and sample, all ranks together have the same rollouts however many they are.
+
+    Its state, whole on the first rank: the cursors of the bundles, the policy version, the batches that wait.
     """
 
-    def __init__(self, bundles: Stream, sampler: Sampler, params: SamplingParams, per_step: int, staleness: int = 0) -> None:
+    def __init__(
+        self, bundles: Stream, sampler: Sampler, params: SamplingParams, per_step: int, staleness: int = 0, ranks: Ranks | None = None
+    ) -> None:
         self.bundles, self.sampler, self.params, self.per_step, self.staleness = bundles, sampler, params, per_step, staleness
+        self.ranks = ranks or Ranks.alone()
         self.waiting: deque[Batch] = deque()
 
     def next(self) -> Batch:
@@ -32,22 +47,36 @@ class RolloutStream:
         return self.waiting.popleft()
 
     def sample(self, count: int) -> Batch:
-        """The next `count` bundles, sampled now."""
+        """This rank's part of the next `count` bundles, sampled now."""
         bundles = self.bundles.take(count)
-        return bundles, sample_bundles(self.sampler, bundles, self.params)
+        places = self._own(bundles)
+        own = [bundles[place] for place in places]
+        return Batch(places, own, sample_bundles(self.sampler, own, self.params))
 
     def names(self, bundles: Sequence[Bundle], indices: Sequence[int]) -> list[dict[str, Any]]:
         """Bundle and sample of rollouts counted through the whole batch."""
         return [{"bundle": bundles[index // self.params.n].id, "sample": index % self.params.n} for index in indices]
 
+    def _own(self, bundles: Sequence[Bundle]) -> list[int]:
+        """The places of this rank's bundles: the ranks' sums of budgets are nearly equal."""
+        rank_of = balanced([bundle.budget for bundle in bundles], self.ranks.size)
+        return [place for place, rank in enumerate(rank_of) if rank == self.ranks.rank]
+
     def state_dict(self) -> dict[str, Any]:
-        waiting = [as_plain(batch) for batch in self.waiting]
+        waiting = [as_plain(parts) for parts in zip(*self.ranks.gather_first(list(self.waiting)), strict=True)]
         return {"bundles": self.bundles.state_dict(), "policy_version": self.sampler.policy_version, "waiting": waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.bundles.load_state_dict(state["bundles"])
         self.sampler.policy_version = state["policy_version"]
-        self.waiting = deque(as_batch(plain) for plain in state["waiting"])
+        self.waiting = deque(map(self._from_plain, state["waiting"]))
+
+    def _from_plain(self, plain: dict[str, Any]) -> Batch:
+        """This rank's part of a whole batch."""
+        bundles = [Bundle(**{**bundle, "problems": tuple(Problem(**row) for row in bundle["problems"])}) for bundle in plain["bundles"]]
+        places = self._own(bundles)
+        groups = [[Rollout(**row) for row in plain["groups"][place]] for place in places]
+        return Batch(places, [bundles[place] for place in places], groups)
 
 
 def sample_bundles(sampler: Sampler, bundles: Sequence[Bundle], params: SamplingParams) -> list[list[Rollout]]:
@@ -57,12 +86,10 @@ def sample_bundles(sampler: Sampler, bundles: Sequence[Bundle], params: Sampling
     return sampler.generate([as_request(bundle) for bundle in bundles], params)
 
 
-def as_plain(batch: Batch) -> dict[str, Any]:
-    """A batch as JSON values; its float32 log-probs come back exactly."""
-    bundles, groups = batch
-    return {"bundles": [asdict(bundle) for bundle in bundles], "groups": [[asdict(rollout) for rollout in group] for group in groups]}
-
-
-def as_batch(plain: dict[str, Any]) -> Batch:
-    bundles = [Bundle(**{**bundle, "problems": tuple(Problem(**row) for row in bundle["problems"])}) for bundle in plain["bundles"]]
-    return bundles, [[Rollout(**row) for row in group] for group in plain["groups"]]
+def as_plain(parts: Sequence[Batch]) -> dict[str, Any]:
+    """All ranks' parts of a batch as JSON values; its float32 log-probs come back exactly."""
+    rows = sorted((row for part in parts for row in zip(part.places, part.bundles, part.groups, strict=True)), key=lambda row: row[0])
+    return {
+        "bundles": [asdict(bundle) for _, bundle, _ in rows],
+        "groups": [[asdict(rollout) for rollout in group] for _, _, group in rows],
+    }

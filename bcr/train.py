@@ -1,18 +1,18 @@
 """`python -m bcr.train [key=value ...]`: Batched Contextual Reinforcement, the whole loop on one screen.
 
-bundles -> rollouts -> verdicts -> advantages -> packs -> one optimizer step -> the sampler has the new weights, for it never had others.
+bundles -> rollouts -> verdicts -> advantages -> shares of equal cost -> packs -> one optimizer step -> the sampler has the new weights.
+`torchrun --nproc_per_node=K -m bcr.train ...` is the same run on K ranks.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from bcr.analysis.measures import summarise
 from bcr.analysis.transcripts import telling_rollouts
@@ -20,16 +20,18 @@ from bcr.assemble import Task, assemble, build_bundles, build_grader, build_samp
 from bcr.dynamic_sampling import Replaced, replace_silent
 from bcr.learner.credit import differs_in_accuracy, make_examples
 from bcr.learner.learner import Learned, Learner
+from bcr.learner.packs import Example
 from bcr.learner.targets import MovingTargets
-from bcr.model import Decoder
 from bcr.model.ops import implementations
+from bcr.parallel.exchange import learning_cost, own_shares, together
+from bcr.parallel.ranks import Ranks
 from bcr.rollouts import RolloutStream
 from bcr.runtime.checkpoints import Checkpoints
 from bcr.runtime.clock import Clock
 from bcr.runtime.config import RunStopped, as_plain, command_line, launch
-from bcr.runtime.console import StepConsole, TrainingConsole
+from bcr.runtime.console import Silence, StepConsole, TrainingConsole
 from bcr.runtime.guards import Guards
-from bcr.runtime.host import choose_device, settle_in
+from bcr.runtime.host import settle_in
 from bcr.runtime.model_card import model_card
 from bcr.runtime.outputs import RunFiles, check_trackers, make_room, write_lines
 from bcr.runtime.resume import Resumption, find_resumption
@@ -50,7 +52,9 @@ class Run:
     task: Task
     rollouts: RolloutStream
     grader: GraderPool
-    device: torch.device
+    ranks: Ranks
+    mesh: DeviceMesh | None
+    longest: int  # tokens of a rollout with its prompt
     resumption: Resumption | None
 
     @property
@@ -58,9 +62,9 @@ class Run:
         return self.rollouts.sampler
 
     def sample(self, count: int) -> list[list[Judged]]:
-        """`count` more groups, sampled and judged now."""
-        bundles, groups = self.rollouts.sample(count)
-        return judge(bundles, groups, self.task.dialect, self.grader)
+        """`count` more groups, sampled and judged now, by all ranks."""
+        batch = self.rollouts.sample(count)
+        return together(batch.places, judge(batch.bundles, batch.groups, self.task.dialect, self.grader), self.ranks)
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -89,92 +93,113 @@ def prepare(config: TrainConfig) -> Run:
                 f"sampling.{name} is {getattr(config.sampling, name)}; training needs it off ({off}): tokens drawn from a cut distribution "
                 "do not have the log-probs that the loss compares with."
             )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"torchrun started {os.environ['WORLD_SIZE']} processes; training runs on one (--nproc_per_node=1).")
-    check_trackers(config)
-    device = choose_device(config.device)
-    resumption = find_resumption(config)
-    settle_in(config.threads or (resumption.threads if resumption else None))
-    budget = Budget(config.bundles.budget, config.bundles.budget_per_problem)
-    task = assemble(config.model, config.data, config.dialect, config.seed, device)
-    sizes = mixture(config.bundles.sizes, config.bundles.shares)
-    bundles = build_bundles(task, config.bundles, sizes, budget, config.seed)
-    check_context(task, sizes, budget)
-    task.model.invariant = config.sampling.invariant is True
-    params = sampling_params(config.sampling, config.bundles.group, task.dialect, config.seed)
-    sampler, grader = build_sampler(task.model, config.sampling, learner=True), build_grader(config.grading)
-    rollouts = RolloutStream(bundles, sampler, params, config.bundles.per_step, config.off_policy.staleness)
-    if resumption is None:
-        make_room(Path(config.output), config.overwrite)
-    if task.excluded:
-        write_lines(Path(config.output) / "excluded.jsonl", map(vars, task.excluded))
-    return Run(config, task, rollouts, grader, device, resumption)
+    if not config.parallel.timeout_s > 0:
+        raise ValueError(f"parallel.timeout_s is {config.parallel.timeout_s}; it must be positive.")
+    ranks = Ranks.start(config.device, config.parallel.timeout_s)
+    mesh = ranks.mesh(config.parallel.shard_size) if ranks.size > 1 else None
+    with ranks.agreeing():
+        check_trackers(config)
+        resumption = find_resumption(config, ranks.size) if ranks.first else None
+    resumption = ranks.broadcast(resumption)
+    with ranks.agreeing():
+        settle_in(config.threads or (resumption.threads(ranks) if resumption else None), ranks.local_size)
+        budget = Budget(config.bundles.budget, config.bundles.budget_per_problem)
+        task = assemble(config.model, config.data, config.dialect, config.seed, ranks.device)
+        sizes = mixture(config.bundles.sizes, config.bundles.shares)
+        bundles = build_bundles(task, config.bundles, sizes, budget, config.seed)
+        longest = check_context(task, sizes, budget)
+        task.model.invariant = config.sampling.invariant is True
+        params = sampling_params(config.sampling, config.bundles.group, task.dialect, config.seed)
+        sampler, grader = build_sampler(task.model, config.sampling, learner=True), build_grader(config.grading)
+        rollouts = RolloutStream(bundles, sampler, params, config.bundles.per_step, config.off_policy.staleness, ranks)
+        if ranks.first and resumption is None:
+            make_room(Path(config.output), config.overwrite)
+        if ranks.first and task.excluded:
+            write_lines(Path(config.output) / "excluded.jsonl", map(vars, task.excluded))
+    return Run(config, task, rollouts, grader, ranks, mesh, longest, resumption)
 
 
 def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool] = lambda: False) -> None:
     """The loop. Everything it learns from is sampled in the same step (on-policy), unless `off_policy` says otherwise.
 
-    `console` is told of every step and warning. Once `stop()` is true it ends early, with a checkpoint.
+    `console` is told of every step and warning. Once `stop()` is true, on any rank, it ends early, with a checkpoint. Every rank runs these
+    lines; what they sample and learn is shared among them, and the first one speaks and writes.
     """
-    config, task = run.config, run.task
-    learner = Learner(task.model, config.optimizer, config.loss, config.off_policy, config.sampling.temperature, run.device)
+    config, task, ranks = run.config, run.task, run.ranks
+    options = (config.optimizer, config.loss, config.off_policy, config.sampling.temperature, ranks.device)
+    learner = Learner(task.model, *options, ranks, run.mesh)
     guards, clock = Guards(config.guards), Clock()
     has_signal = partial(differs_in_accuracy, advantage=config.advantage)
     parts: dict[str, Stateful] = {"rollouts": run.rollouts, "learner": learner, "guards": guards}
     targets = MovingTargets(config.reward) if config.reward.moving else None
     if targets:
         parts["targets"] = targets
-    done, offsets = run.resumption.restore(task.model, learner.optimizer, parts) if run.resumption else (0, {})
+    done, offsets = run.resumption.restore(learner, task.model, parts, ranks) if run.resumption else (0, {})
+    learner.publish()
+    if ranks.size > 1 and ranks.device.type == "cuda":
+        learner.probe(run.longest)
     with (
         run.grader,
-        RunFiles(config, offsets, done) as files,
-        Checkpoints(Path(config.output) / "checkpoints", config.keep_checkpoints) as checkpoints,
-        console or TrainingConsole(config.steps, title(config), machinery(task.model), done) as told,
+        RunFiles(config, offsets, done, ranks.first) as files,
+        Checkpoints(Path(config.output) / "checkpoints", config.keep_checkpoints, ranks.first) as checkpoints,
+        console or (TrainingConsole(config.steps, title(config), machinery(run), done) if ranks.first else Silence()) as told,
+        ranks.failing_as_one(),
     ):
         for step in range(done + 1, config.steps + 1):
             with clock("sampling"):
-                bundles, groups = run.rollouts.next()
+                batch = run.rollouts.next()
             with clock("grading"):
-                judged = judge(bundles, groups, task.dialect, run.grader)
+                groups = judge(batch.bundles, batch.groups, task.dialect, run.grader)
+            with clock("exchanging"):  # from here on every rank has the whole step
+                judged = together(batch.places, groups, ranks)
             with clock("resampling"):  # nothing, unless bundles.resample_rounds asks for it
                 replaced = replace_silent(judged, has_signal, run.sample, config.bundles.resample_rounds)
                 judged, bundles = replaced.groups, [group[0].bundle for group in replaced.groups]
             with clock("learning"):
                 examples = make_examples(judged, config.advantage, config.reward, targets)
-                learned = learner.learn(examples, step - 1)
+                shares = own_shares(examples, config.off_policy.updates, partial(cost, learner), ranks)
+                learned = learner.learn_shares(shares, step - 1)
+                learner.publish()
                 run.sampler.on_weights_changed()
             metrics = step_metrics(replaced, learned)
             if targets:
                 metrics |= targets.metrics
                 targets.update(judged)
+            seconds = {**ranks.max({**clock.seconds, **clock.peaks}), **ranks.sum({"graders_replaced": run.grader.replaced})}
             files.write("metrics", {"step": step, **metrics})
-            files.write("timings", {"step": step, **clock.seconds, **clock.peaks, "graders_replaced": run.grader.replaced})
+            files.write("timings", {"step": step, **seconds})
             for record in telling_rollouts(judged, examples, task.dialect, config.logging.rollouts):
                 files.write("rollouts", {"step": step, **record})
-            told.step(step, {**metrics, **clock.seconds})
+            told.step(step, {**metrics, **seconds})
             if learned.skipped:
                 files.write("events", {"step": step, "kind": "culprits", "rollouts": run.rollouts.names(bundles, learned.culprits)})
             for warning in guards.look({**metrics, "skipped": learned.skipped}):
                 files.write("events", {"step": step, **asdict(warning)})
                 told.warn(warning.message)
             checkpoints.check()
-            ending = stop() or guards.verdict or step == config.steps
+            ending = ranks.any(stop()) or guards.verdict or step == config.steps
             if ending or (config.checkpoint_every and step % config.checkpoint_every == 0):
                 card = model_card(f"{title(config)}, step {step}", command_line("train"), metrics, as_plain(config))
-                state = take_snapshot(step, task.model, learner.optimizer, parts, files.offsets())
+                state = take_snapshot(step, learner, task.model, parts, files.offsets(), ranks)
                 checkpoints.save(step, partial(write_checkpoint, state, task.dialect, card))
             if ending:
                 break
     if guards.verdict:
         raise RunStopped(guards.verdict)
-    if done < config.steps and stop() and step < config.steps:
+    if ranks.first and done < config.steps and step < config.steps:
         print(f"stopped after step {step} of {config.steps}; resume=auto goes on from there.")
-    print(f"checkpoint: {checkpoints.newest}")
+    if ranks.first:
+        print(f"checkpoint: {checkpoints.newest}")
 
 
 def main(run: Run) -> None:
-    with StopRequest() as stop:
+    with run.ranks, StopRequest() as stop:
         train(run, stop=stop)
+
+
+def cost(learner: Learner, example: Example) -> float:
+    """What it takes to learn from an example; nothing where it is dropped for want of signal."""
+    return learning_cost(learner.whole.config, example.length) if learner.is_live(example) else 0.0
 
 
 def step_metrics(sampled: Replaced, learned: Learned) -> dict[str, Any]:
@@ -202,11 +227,13 @@ def step_metrics(sampled: Replaced, learned: Learned) -> dict[str, Any]:
     }
 
 
-def machinery(model: Decoder) -> str:
+def machinery(run: Run) -> str:
     """One line that says on what the run computes, and by which implementation of each operation."""
+    model, ranks = run.task.model, run.ranks
     weight = model.embed_tokens.weight
     chosen = implementations(weight.device.type, weight.dtype, model.config.head_dim)
-    return f"{weight.device.type}, {str(weight.dtype).removeprefix('torch.')}; {chosen}"
+    place = f"{ranks.size} ranks, each {weight.device.type}" if ranks.size > 1 else weight.device.type
+    return f"{place}, {str(weight.dtype).removeprefix('torch.')}; {chosen}"
 
 
 def title(config: TrainConfig) -> str:
@@ -221,4 +248,4 @@ def title(config: TrainConfig) -> str:
 
 
 if __name__ == "__main__":
-    launch("train", TrainConfig, prepare, main)
+    launch("train", TrainConfig, prepare, main, ranks=True)

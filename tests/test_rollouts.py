@@ -49,8 +49,8 @@ def learn(rollouts: RolloutStream, steps: int) -> list[tuple[list[str], set[int]
     """(bundles, policy versions) of each step, an update after each."""
     seen = []
     for _ in range(steps):
-        bundles, groups = rollouts.next()
-        seen.append(([bundle.id for bundle in bundles], {rollout.policy_version for group in groups for rollout in group}))
+        batch = rollouts.next()
+        seen.append(([bundle.id for bundle in batch.bundles], {rollout.policy_version for group in batch.groups for rollout in group}))
         rollouts.sampler.policy_version += 1
     return seen
 

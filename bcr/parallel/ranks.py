@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -30,8 +29,8 @@ FAILED, LOOK_EVERY = "bcr/failed", 1.0  # the key under which a failing rank tel
 class Ranks:
     """This process among `size`, on `device`. Every method but `mesh` is a collective: all ranks call it, in the same order.
 
-    A context manager: where one rank fails inside it, its traceback is printed and all the others leave within seconds, wherever they wait.
-    What several ranks find wrong alike (`agreeing`) is no such failure.
+    A context manager that ends them together: where one rank fails inside it, its traceback is printed and all the others leave within
+    seconds, wherever they wait. What several ranks find wrong alike (`agreeing`, RunStopped) is no such failure.
     """
 
     def __init__(self, device: torch.device | str = "cpu", rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1) -> None:
@@ -39,6 +38,8 @@ class Ranks:
         self.rank, self.size, self.local_rank, self.local_size = rank, size, local_rank, local_size
         self._leaving = threading.Event()
         self._store: dist.Store | None = None
+        self._watcher: threading.Thread
+        self.background: dist.ProcessGroup | None = None  # of a second thread, whose collectives must not mix with those of the first
 
     @classmethod
     def alone(cls, device: torch.device | str = "cpu") -> Ranks:
@@ -67,6 +68,7 @@ class Ranks:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         ranks = cls(chosen, rank, size, local_rank, local_size)
+        ranks.background = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         ranks._watch()
         return ranks
 
@@ -128,22 +130,9 @@ class Ranks:
         """Whether the flag is set on any rank."""
         return any(self.gather(flag))
 
-    def exchange(self, parcels: Sequence[Value]) -> list[Value]:
-        """Rank r gets `parcels[r]` of every rank, by sender."""
-        assert len(parcels) == self.size
-        if self.size == 1:
-            return list(parcels)
-        sent = [bytearray(pickle.dumps(parcel)) for parcel in parcels]
-        sizes = self.gather([len(parcel) for parcel in sent])
-        received = [torch.empty(sizes[sender][self.rank], dtype=torch.uint8) for sender in range(self.size)]
-        outgoing = torch.cat([torch.frombuffer(parcel, dtype=torch.uint8) for parcel in sent])
-        incoming = torch.empty(sum(map(len, received)), dtype=torch.uint8)
-        dist.all_to_all_single(incoming, outgoing, list(map(len, received)), list(map(len, sent)))
-        return [pickle.loads(part.numpy().tobytes()) for part in incoming.split(list(map(len, received)))]
-
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """What one rank finds wrong inside (ValueError, OSError) is raised on all at the end: the first rank's that has something to say.
+        """What one rank finds wrong inside (ValueError, OSError) is raised on all at the end, and the process group is closed.
 
         There must be no collective inside, for a rank that has found something wrong does not come to it.
         """
@@ -155,11 +144,19 @@ class Ranks:
         except BaseException as caught:
             self._fail(caught)
             raise
-        said = [one for one in self.gather(None if error is None else (type(error).__name__, str(error))) if one is not None]
-        if error is not None:
-            raise error
+        said = [one for one in self.gather(None if error is None else str(error)) if one is not None]
         if said:
-            raise ValueError(said[0][1])
+            self.close()
+            raise error or ValueError(said[0])
+
+    @contextmanager
+    def failing_as_one(self) -> Iterator[None]:
+        """What is raised inside ends the run on all ranks at once, before anything around it can wait for one of them."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(error)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -172,8 +169,9 @@ class Ranks:
     def close(self) -> None:
         """Wait for the others and end the process group."""
         if self._store is not None and not self._leaving.is_set():
-            dist.barrier()
+            self.gather(None)
             self._leaving.set()
+            self._watcher.join()
             dist.destroy_process_group()
 
     def _fail(self, error: BaseException) -> None:
@@ -213,4 +211,5 @@ class Ranks:
                     time.sleep(LOOK_EVERY)
                     os._exit(1)
 
-        threading.Thread(target=look, name="watch", daemon=True).start()
+        self._watcher = threading.Thread(target=look, name="watch", daemon=True)
+        self._watcher.start()

@@ -31,7 +31,7 @@ def save_checkpoint(
     no code can survive, leaves it whole beside `folder` as `.<name>.previous`; the next save at that place puts it back first.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, previous = (folder.with_name(f".{folder.name}.{state}") for state in ("partial", "previous"))
+    temporary, previous = partial_of(folder), folder.with_name(f".{folder.name}.previous")
     if previous.exists() and not folder.exists():
         previous.rename(folder)
     for left_over in (temporary, previous):
@@ -60,6 +60,11 @@ def save_checkpoint(
         raise
     shutil.rmtree(previous, ignore_errors=True)
     return folder
+
+
+def partial_of(folder: Path) -> Path:
+    """Where a checkpoint is written before it is renamed to `folder`."""
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def damage(folder: Path) -> str | None:

@@ -20,10 +20,12 @@ class Checkpoints:
 
     What it writes must be a snapshot: the training goes on meanwhile. A failure (OSError on a full disk) is raised by the next call of
     `save` or `check`, or at the end; the checkpoints before it stand.
+
+    On several ranks each writes its part of a checkpoint; the `first` puts it together and looks after the folder.
     """
 
-    def __init__(self, folder: Path, keep: int | None) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int | None, first: bool = True) -> None:
+        self.folder, self.keep, self.first = folder, keep, first
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -60,6 +62,8 @@ class Checkpoints:
 
     def _write(self, folder: Path, write: Callable[[Path], object]) -> None:
         write(folder)
+        if not self.first:
+            return
         point_latest_to(folder)
         if self.keep is not None:
             older = [other for other in step_folders(self.folder) if other.name <= folder.name]

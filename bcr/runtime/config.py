@@ -36,13 +36,18 @@ def config_folder() -> Path:
 
 
 def launch(
-    name: str, schema: type[Config], prepare: Callable[[Config], Prepared], run: Callable[[Prepared], None], config_name: str | None = None
+    name: str,
+    schema: type[Config],
+    prepare: Callable[[Config], Prepared],
+    run: Callable[[Prepared], None],
+    config_name: str | None = None,
+    ranks: bool = False,
 ) -> None:
     """The main of a program: compose `configs/<name>.yaml` (or `config_name`) with the command line, check, then work.
 
     `prepare` makes every check and builds what the run needs; a ValueError or OSError there is the user's to mend: one sentence on
     stderr and exit code 2. `run` does the expensive part; an OSError there (a full disk, say) or a RunStopped also ends in one sentence,
-    exit code 1.
+    exit code 1. With `ranks` torchrun may start many processes, which find the same wrong; of each machine the first says so.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's errors reach us instead of its own printing and exit
     composed: list[DictConfig] = []
@@ -54,12 +59,16 @@ def launch(
             return  # --help, --cfg and the like: Hydra has answered
         if len(composed) > 1:
             raise ValueError(f"--multirun asks for {len(composed)} runs in one process; start them one by one.")
+        if not ranks and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError(f"torchrun started {os.environ['WORLD_SIZE']} processes; this program runs in one.")
         prepared = prepare(typed(composed[0], schema))
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
-        fail(name, one_sentence(error), BAD_INPUT)
+        fail(name, one_sentence(error), BAD_INPUT, alike=True)
     try:
         run(prepared)
-    except (RunStopped, MemoryError) as error:
+    except RunStopped as error:
+        fail(name, f"stopped: {error}", STOPPED, alike=True)
+    except MemoryError as error:
         fail(name, f"stopped: {error}", STOPPED)
     except OSError as error:
         fail(name, f"stopped: {one_sentence(error)} What was written before stands, the last checkpoint too.", STOPPED)
@@ -102,9 +111,16 @@ def one_sentence(error: Exception) -> str:
     return f"{key}: {text}" if key and key not in text else text
 
 
-def fail(program: str, sentence: str, code: int) -> NoReturn:
-    print(f"bcr.{program}: {sentence}", file=sys.stderr)
+def fail(program: str, sentence: str, code: int, alike: bool = False) -> NoReturn:
+    """`alike`: all ranks fail so, and one sentence is enough."""
+    if not alike or first_here():
+        print(f"bcr.{program}: {sentence}", file=sys.stderr)
     sys.exit(code)
+
+
+def first_here() -> bool:
+    """Whether this is the first, or the only, process of a run on this machine: what all find alike, one of them says."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def as_plain(config: Any) -> dict[str, Any]:

@@ -42,6 +42,19 @@ class StepConsole(Protocol):
         ...
 
 
+class Silence:
+    """The console of a rank that does not speak."""
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def step(self, number: int, values: Mapping[str, Any]) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+
 class TrainingConsole:
     """A context manager; call `step` once for every step."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -17,12 +18,21 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def settle_in(threads: int | None) -> None:
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def settle_in(threads: int | None, processes: int = 1) -> None:
     """Fix the thread count (part of what makes a CPU run repeatable) and keep freed memory in the process.
+
+    Without `threads` the cores are split among the run's `processes` on this machine; torch does that for one.
 
     glibc gives every large block back to the system at once and a CPU training step asks for thousands of them; the page faults cost
     10 to 60 % of the step. `bench/train_step.py` shows it on your machine.
     """
+    if threads is None and processes > 1:
+        threads = max(1, cores() // processes)
     if threads is not None:
         torch.set_num_threads(threads)
     if sys.platform == "linux":

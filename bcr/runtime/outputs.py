@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
@@ -23,11 +23,16 @@ class RunFiles:
     """The files of one output folder. `metrics.jsonl` is the same for the same seed; everything that a clock says goes to `timings.jsonl`.
 
     A context manager. Every record is on its way to the disk when `write` returns; a full disk raises OSError there. A resumed run
-    gives the `offsets` (bytes, by stream) of its checkpoint, and what was written after them is cut off.
+    gives the `offsets` (bytes, by stream) of its checkpoint, and what was written after them is cut off. Of several ranks the `first`
+    writes; on the others nothing happens.
     """
 
-    def __init__(self, config: TrainConfig, offsets: Mapping[str, int] | None = None, steps_done: int = 0) -> None:
+    def __init__(self, config: TrainConfig, offsets: Mapping[str, int] | None = None, steps_done: int = 0, first: bool = True) -> None:
         self.folder = Path(config.output)
+        self.streams: dict[str, TextIO] = {}
+        self.trackers: list[TensorBoard | WandB] = []
+        if not first:
+            return
         write_whole(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_plain(config))))
         self.streams = {name: (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") for name in STREAMS}
         for name, stream in self.streams.items():
@@ -44,7 +49,9 @@ class RunFiles:
             tracker.close()
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
-        stream = self.streams[name]
+        stream = self.streams.get(name)
+        if stream is None:
+            return
         stream.write(json.dumps(record) + "\n")
         stream.flush()
         if name in ("metrics", "timings"):

@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
-from torch import nn
 
+from bcr.model import Decoder
+from bcr.parallel.ranks import Ranks
 from bcr.runtime.checkpoint import damage
 from bcr.runtime.checkpoints import point_latest_to, step_folders, tidy
 from bcr.runtime.config import as_plain
 from bcr.runtime.outputs import holds_run
 from bcr.runtime.schema import TrainConfig
-from bcr.runtime.training_state import Stateful, read_plain, restore, versions
+from bcr.runtime.training_state import Stateful, Trained, read_plain, restore, versions
 
 # What may differ between a run and its resumption: nothing that a step's result depends on.
-FREE = ("output", "overwrite", "resume", "steps", "checkpoint_every", "keep_checkpoints", "logging.tensorboard", "logging.wandb")
+FREE = (
+    *("output", "overwrite", "resume", "steps", "checkpoint_every", "keep_checkpoints", "logging.tensorboard", "logging.wandb"),
+    *("parallel.shard_size", "parallel.timeout_s"),  # as the number of ranks itself: of influence on the rounding alone
+)
 
 
 @dataclass(frozen=True)
@@ -29,20 +32,19 @@ class Resumption:
     checkpoint: Path | None
     plain: dict[str, Any]
 
-    @property
-    def threads(self) -> int | None:
-        """The thread count that the run had: part of what makes it the same to the last bit."""
-        return self.plain.get("threads")
+    def threads(self, ranks: Ranks) -> int | None:
+        """The thread count that the run had: part of what makes it the same to the last bit, which with other ranks it is not."""
+        return self.plain.get("threads") if self.plain.get("ranks") == ranks.size else None
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, parts: Mapping[str, Stateful]) -> tuple[int, dict[str, int]]:
+    def restore(self, learner: Trained, whole: Decoder, parts: Mapping[str, Stateful], ranks: Ranks) -> tuple[int, dict[str, int]]:
         """Put everything back; the steps done, and where to cut the run's files."""
         if self.checkpoint is None:
             return 0, {}
-        restore(self.checkpoint, model, optimizer, parts)
+        restore(self.checkpoint, learner, whole, parts, ranks)
         return int(self.plain["step"]), dict(self.plain["offsets"])
 
 
-def find_resumption(config: TrainConfig) -> Resumption | None:
+def find_resumption(config: TrainConfig, ranks: int = 1) -> Resumption | None:
     """Where the run in `config.output` can go on: at its newest checkpoint that is whole. None where the folder holds no run.
 
     Says on stdout what was passed over and why. ValueError for a run with another config (naming the fields), and for one whose
@@ -67,7 +69,7 @@ def find_resumption(config: TrainConfig) -> Resumption | None:
             except ValueError as error:
                 fault = str(error)
         if fault is None:
-            say(checkpoint, plain, faults)
+            say(checkpoint, plain, faults, ranks)
             point_latest_to(checkpoint)
             return Resumption(checkpoint, plain)
         faults.append(f"{checkpoint.name} cannot be used: {fault}")
@@ -77,10 +79,12 @@ def find_resumption(config: TrainConfig) -> Resumption | None:
     return Resumption(None, {})
 
 
-def say(checkpoint: Path, plain: Mapping[str, Any], faults: list[str]) -> None:
+def say(checkpoint: Path, plain: Mapping[str, Any], faults: list[str], ranks: int) -> None:
     for fault in faults:
         print(f"{checkpoint.parent}: {fault}")
     print(f"resuming from {checkpoint}, after step {plain['step']}")
+    if plain["ranks"] != ranks:
+        print(f"{checkpoint}: written by {plain['ranks']} ranks, read by {ranks}; the run will be the same up to rounding.")
     if plain["versions"] != (here := versions()):
         print(f"{checkpoint}: written with {plain['versions']}, read with {here}; the run will not be the same to the last bit.")
 

@@ -105,6 +105,12 @@ class LoggingConfig:
 
 
 @dataclass
+class ParallelConfig:
+    shard_size: int | None = None
+    timeout_s: float = 1800.0
+
+
+@dataclass
 class TrainConfig:
     output: str = "outputs/train"
     overwrite: bool = False
@@ -124,6 +130,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     off_policy: OffPolicyConfig = field(default_factory=OffPolicyConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint_every: int | None = None
     keep_checkpoints: int | None = None
     guards: GuardConfig = field(default_factory=GuardConfig)

@@ -1,7 +1,7 @@
 """Everything that the next step depends on, into a checkpoint and back, bit for bit.
 
-The tensors (weights, optimizer state) go through `torch.distributed.checkpoint` under the parameters' names, so that what one number of
-processes wrote another can read. The rest is small and readable: `state.json`.
+The tensors (weights in float32, optimizer state) go through `torch.distributed.checkpoint` under the parameters' names, each rank writing
+its shards, so that what one number of processes wrote another can read. The rest is small and readable: `state.json`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import platform
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,17 +20,27 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 
 from bcr.model import Decoder
 from bcr.model.lora import empty_twin
-from bcr.runtime.checkpoint import save_checkpoint
+from bcr.parallel.ranks import Ranks
+from bcr.runtime.checkpoint import partial_of, save_checkpoint
 from bcr.tasks.dialect import Dialect
 
 FOLDER = "training"  # inside a checkpoint
-FORMAT = 1
-MASTER = "master"  # the float32 original of a narrow weight
+FORMAT = 2
+
+
+class Trained(Protocol):
+    """What a learner trains, in shards or whole."""
+
+    @property
+    def model(self) -> Decoder: ...
+    @property
+    def optimizer(self) -> torch.optim.Optimizer: ...
 
 
 class Stateful(Protocol):
@@ -41,47 +52,67 @@ class Stateful(Protocol):
 
 @dataclass
 class Snapshot:
-    """Copies on the CPU, which later steps do not touch."""
+    """Copies on the CPU, which later steps do not touch: of one rank its shards, on the first also what is not sharded."""
 
-    model: Decoder  # made of `tensors`
     tensors: dict[str, Tensor]
+    ranks: Ranks
+    whole: Decoder | None  # for Hugging Face's readers
     plain: dict[str, Any]
 
 
 def take_snapshot(
-    step: int, model: Decoder, optimizer: torch.optim.Optimizer, parts: Mapping[str, Stateful], offsets: Mapping[str, int]
+    step: int, learner: Trained, whole: Decoder, parts: Mapping[str, Stateful], offsets: Mapping[str, int], ranks: Ranks
 ) -> Snapshot:
-    """The state after `step` steps. `offsets`: bytes of the run's files so far, to which a resumed run cuts them."""
+    """The state after `step` steps; every rank takes part. `whole`: the learner's model, or the copy that the sampler reads of its shards.
+
+    `offsets`: bytes of the run's files so far, to which a resumed run cuts them.
+    """
     plain = {
         "format": FORMAT,
         "step": step,
+        "ranks": ranks.size,
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        "dtype": str(whole.head_weight.dtype),
         "parts": {name: part.state_dict() for name, part in parts.items()},
-        "random": random_states(),
+        "random": ranks.gather_first(random_states()),
         "offsets": dict(offsets),
     }
-    live = {**model_tensors(model), **optimizer_tensors(model, optimizer)}
-    tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
-    copy = empty_twin(model)
-    copy.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()}, assign=True)
+    live = {**originals(learner), **optimizer_tensors(learner)}
+    tensors = {name: tensor.to("cpu", copy=True) for name, tensor in sorted(live.items())}  # files do not tell whether a run was resumed
+    return Snapshot(tensors, ranks, copy_of(whole, tensors if whole is learner.model else {}) if ranks.first else None, plain)
+
+
+def copy_of(model: Decoder, originals: Mapping[str, Tensor]) -> Decoder:
+    """A decoder on the CPU with copies of the weights, or with the `originals` that are copies already."""
+    copy, weights = empty_twin(model), {}
+    for name, weight in model.state_dict().items():
+        original = originals.get(f"model.{name}")
+        weights[name] = weight.to("cpu", copy=True) if original is None else original.to(weight.dtype)
+    copy.load_state_dict(weights, assign=True)
     copy.companions = model.companions
-    return Snapshot(copy, tensors, plain)
+    return copy
 
 
-def write_checkpoint(snapshot: Snapshot, dialect: Dialect, card: str, folder: Path) -> Path:
-    """A whole checkpoint: the model for Hugging Face's readers, and the state for us."""
-    return save_checkpoint(snapshot.model, dialect.tokenizer, dialect.stop_token_ids, folder, card, add=partial(write, snapshot))
+def write_checkpoint(snapshot: Snapshot, dialect: Dialect, card: str, folder: Path) -> None:
+    """A whole checkpoint: the model for Hugging Face's readers, and the state for us. Every rank writes its part of the state."""
+    if snapshot.whole is None:
+        write(snapshot, partial_of(folder))
+    else:
+        save_checkpoint(snapshot.whole, dialect.tokenizer, dialect.stop_token_ids, folder, card, add=partial(write, snapshot))
 
 
 def write(snapshot: Snapshot, checkpoint: Path) -> None:
     """Into the folder `training` of a checkpoint that is being written. OSError if the disk is full."""
-    folder = checkpoint / FOLDER
-    folder.mkdir()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is: one process writes
-        dcp.save(dict(snapshot.tensors), storage_writer=dcp.FileSystemWriter(folder, sync_files=False), no_dist=True)
-    (folder / "state.json").write_text(json.dumps(snapshot.plain) + "\n")
+    folder, ranks = checkpoint / FOLDER, snapshot.ranks
+    if ranks.first:
+        folder.mkdir()
+        (folder / "state.json").write_text(json.dumps(snapshot.plain) + "\n")
+    if ranks.size > 1:
+        dist.barrier(ranks.background)  # the folder is there
+    options: dict[str, Any] = {"process_group": ranks.background} if ranks.size > 1 else {"no_dist": True}
+    with single_process_allowed(), failures_of_ranks():
+        dcp.save(dict(snapshot.tensors), storage_writer=dcp.FileSystemWriter(folder, sync_files=False), **options)
 
 
 def read_plain(checkpoint: Path) -> dict[str, Any]:
@@ -95,42 +126,66 @@ def read_plain(checkpoint: Path) -> dict[str, Any]:
     return plain
 
 
-def restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, parts: Mapping[str, Stateful]) -> None:
-    """Put everything back. Only for a checkpoint of ours whose checksums hold (`checkpoint.damage`): its index is a pickle."""
+def restore(checkpoint: Path, learner: Trained, whole: Decoder, parts: Mapping[str, Stateful], ranks: Ranks) -> None:
+    """Put everything back; every rank takes part, and there may be other ranks than wrote it.
+
+    Only for a checkpoint of ours whose checksums hold (`checkpoint.damage`): its index is a pickle.
+    """
     plain = read_plain(checkpoint)
+    if plain["dtype"] != (here := str(whole.head_weight.dtype)):
+        raise ValueError(
+            f"{checkpoint}: its weights were {plain['dtype']} and are {here} here; resume with the dtype that the run began with."
+        )
     reader = dcp.FileSystemReader(checkpoint / FOLDER)
-    described = reader.read_metadata().state_dict_metadata
-    places: dict[str, Any] = model_tensors(model)
-    places |= {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items() if name not in places}  # type: ignore[union-attr]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(places, storage_reader=reader, no_dist=True)
-    for name, weight in model.named_parameters():
-        prefix, owner = f"optimizer.{name}.", owner_of(weight, optimizer)
+    places: dict[str, Tensor] = originals(learner)
+    for name, entry in reader.read_metadata().state_dict_metadata.items():
+        if name not in places:  # the optimizer's: of a weight's size, in shards as the weight is, or a number
+            weight = places["model." + name.removeprefix("optimizer.").rpartition(".")[0]]
+            like = torch.empty_like(weight, dtype=entry.properties.dtype)  # type: ignore[union-attr]
+            places[name] = like if like.shape == entry.size else torch.empty(entry.size, dtype=like.dtype)  # type: ignore[union-attr]
+    with single_process_allowed():
+        dcp.load(dict(places), storage_reader=reader, process_group=ranks.background, no_dist=ranks.size == 1)
+    for name, weight in learner.model.named_parameters():
+        prefix, owner = f"optimizer.{name}.", owner_of(weight, learner.optimizer)
         found = {key.removeprefix(prefix): tensor.to(weight.device) for key, tensor in places.items() if key.startswith(prefix)}
-        if (MASTER in found) != (owner is not weight):
-            raise ValueError(f"{checkpoint}: {name} was kept in another precision; resume with the dtype that the run began with.")
         if owner is not weight:
-            owner.detach().copy_(found.pop(MASTER))
+            weight.detach().copy_(owner)
         if found:  # placed as they were, and not by `load_state_dict`, which would cast them to the parameter's dtype
-            optimizer.state[owner] = found
+            learner.optimizer.state[owner] = found
     for name, part in parts.items():
         part.load_state_dict(plain["parts"][name])
-    restore_random_states(plain["random"])
+    if len(plain["random"]) == ranks.size:
+        restore_random_states(plain["random"][ranks.rank])
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+@contextmanager
+def single_process_allowed() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """State by parameter name, `optimizer.<parameter>.<exp_avg and so on>`, none before the first update; and the float32 masters."""
-    tensors: dict[str, Tensor] = {}
-    for name, weight in model.named_parameters():
-        owner = owner_of(weight, optimizer)
-        kept = optimizer.state.get(owner, {}) | ({} if owner is weight else {MASTER: owner})
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in kept.items()}
-    return tensors
+@contextmanager
+def failures_of_ranks() -> Iterator[None]:
+    """Where a rank fails, torch raises a CheckpointException on all, which is no Exception; here it becomes that rank's own error."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        rank, (first, _) = next(iter(error.failures.items()))
+        raise first if isinstance(first, OSError) else RuntimeError(f"rank {rank} could not write its part of a checkpoint") from first
+
+
+def originals(learner: Trained) -> dict[str, Tensor]:
+    """What the optimizer writes, by the parameters' names: float32, whole or in shards, whatever the dtype of the working weights."""
+    return {f"model.{name}": owner_of(weight, learner.optimizer).detach() for name, weight in learner.model.named_parameters()}
+
+
+def optimizer_tensors(learner: Trained) -> dict[str, Tensor]:
+    """State by parameter name, `optimizer.<parameter>.<exp_avg and so on>`, none before the first update."""
+    states = (
+        (name, learner.optimizer.state.get(owner_of(weight, learner.optimizer), {})) for name, weight in learner.model.named_parameters()
+    )
+    return {f"optimizer.{name}.{key}": value for name, state in states for key, value in state.items()}
 
 
 def owner_of(weight: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -15,10 +15,10 @@ import torch
 from bcr.parallel.ranks import Ranks
 
 
-def on_ranks(size: int, function: Callable[..., Any], *args: Any, nodes: int = 1, timeout_s: float = 120) -> list[Any]:
+def on_ranks(size: int, function: Callable[..., Any], *args: Any, nodes: int = 1, timeout_s: float = 120, join: bool = True) -> list[Any]:
     """What `function(ranks, *args)` returns on each of `size` ranks (of `nodes` equal machines), by rank. AssertionError where one raises.
 
-    The function must be importable, its arguments and result must pickle.
+    The function must be importable, its arguments and result must pickle. `join=False`: it is `function(*args)` and joins by itself.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bcr.train"])
@@ -30,7 +30,7 @@ def on_ranks(size: int, function: Callable[..., Any], *args: Any, nodes: int = 1
     for rank, (_, far) in enumerate(pipes):
         place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % (size // nodes), "LOCAL_WORLD_SIZE": size // nodes}
         environment = {**{name: str(value) for name, value in place.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        process = context.Process(target=child, args=(environment, far, function, args))
+        process = context.Process(target=child, args=(environment, far, function, args, join))
         process.start()
         far.close()
         started.append(process)
@@ -46,13 +46,15 @@ def on_ranks(size: int, function: Callable[..., Any], *args: Any, nodes: int = 1
     return [value for _, value in results]
 
 
-def child(environment: dict[str, str], pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def child(environment: dict[str, str], pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...], join: bool) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
+        if not join:
+            pipe.send(("returned", function(*args)))
+            return
         ranks = Ranks.start("cpu", timeout_s=60)
-        result = function(ranks, *args)
-        pipe.send(("returned", result))
+        pipe.send(("returned", function(ranks, *args)))
         ranks.close()
     except BaseException:
         pipe.send(("raised", traceback.format_exc()))

@@ -94,7 +94,7 @@ def test_every_program_line_runs(command, outputs, capsys):
 
 @pytest.mark.slow
 def test_the_line_with_torchrun_runs(outputs):
-    (line,) = [line for line in commands(r"torchrun [^\n`]*") if "nproc_per_node=1 " in line]
+    (line,) = [line for line in commands(r"torchrun [^\n`]*") if "nproc_per_node=2 " in line]
     words = [*shlex.split(line, comments=True)[1:], *SMALL["train"]]
     subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], check=True, timeout=200)
 

@@ -202,12 +202,6 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch, tmp_path):
         prepare(compose("train", ["logging.wandb=project", f"output={tmp_path}"], TrainConfig))
 
 
-def test_several_processes_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="started 2 processes"):
-        prepare(compose("train", [f"output={tmp_path}"], TrainConfig))
-
-
 @pytest.mark.parametrize("override", ["bundles.N=3", "bundles.sizes=[0]", "output=/dev/null/run"])
 def test_the_program_says_one_sentence_and_exits_with_2(tmp_path, override):
     refused = program(f"output={tmp_path / 'never'}", override, cwd=tmp_path)

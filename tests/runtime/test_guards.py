@@ -8,6 +8,7 @@ import pytest
 
 from bcr import train as program
 from bcr.learner import step as learner_step
+from bcr.learner.off_policy import Share
 from bcr.learner.packs import Example
 from bcr.runtime.config import RunStopped, compose
 from bcr.runtime.guards import GuardConfig, Guards
@@ -80,16 +81,17 @@ def test_its_state_goes_through_json() -> None:
 
 def run(output: Path, monkeypatch: pytest.MonkeyPatch, poisoned_steps: range, *overrides: str) -> None:
     """A run in which, at those steps (from 0), the second live rollout has a log-prob that is not finite."""
-    learn = program.Learner.learn
+    learn = program.Learner.learn_shares
 
-    def poison(self: program.Learner, examples: list[Example], step: int) -> object:
+    def poison(self: program.Learner, shares: list[Share], step: int) -> object:
         if step in poisoned_steps:
+            examples = shares[0].examples
             index = [index for index, example in enumerate(examples) if example.has_signal][1]
             bad = examples[index]
             examples[index] = Example(bad.prompt_ids, bad.token_ids, [math.nan] * len(bad.logprobs), bad.segments, bad.advantages)
-        return learn(self, examples, step)
+        return learn(self, shares, step)
 
-    monkeypatch.setattr(program.Learner, "learn", poison)
+    monkeypatch.setattr(program.Learner, "learn_shares", poison)
     small = ["device=cpu", "bundles.per_step=3", "bundles.group=4", "bundles.budget=60", "sampling.row_block=8"]
     program.train(program.prepare(compose("train", [f"output={output}", *small, *overrides], TrainConfig)))
 

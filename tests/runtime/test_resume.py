@@ -198,16 +198,16 @@ def test_a_checkpoint_is_of_its_step_while_the_training_goes_on(undisturbed: Pat
         assert later.wait(60)
         return save(*args, **options)  # type: ignore[arg-type]
 
-    learn = program.Learner.learn
+    learn = program.Learner.learn_shares
 
-    def learn_and_tell(self: program.Learner, examples: object, step: int) -> object:
-        learned = learn(self, examples, step)  # type: ignore[arg-type]
+    def learn_and_tell(self: program.Learner, shares: object, step: int) -> object:
+        learned = learn(self, shares, step)  # type: ignore[arg-type]
         if step == 2:  # the third
             later.set()
         return learned
 
     monkeypatch.setattr(training_state, "save_checkpoint", patient)
-    monkeypatch.setattr(program.Learner, "learn", learn_and_tell)
+    monkeypatch.setattr(program.Learner, "learn_shares", learn_and_tell)
     run(tmp_path / "run", "steps=3", "checkpoint_every=2")
     for file in ("model.safetensors", "training/__0_0.distcp"):
         written, expected = (folder / "checkpoints" / "step-000002" / file for folder in (tmp_path / "run", undisturbed))
