@@ -1,5 +1,6 @@
 """The training program on ranks: the same run for any number of them, resumed bit for bit, stopped and failing as one."""
 
+import itertools
 import json
 import os
 import shutil
@@ -9,9 +10,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bcr import train as program
 from bcr.model import load_pretrained
 from bcr.runtime.config import compose
 from bcr.runtime.schema import TrainConfig
@@ -114,6 +117,37 @@ def test_four_ranks_with_one_bundle_and_every_option(tmp_path: Path) -> None:
         assert files(again) == files(four)
 
 
+def sabotaged(output: str, how: str) -> None:
+    """On rank 1 something happens while it judges its part of the second step and rank 0 goes on into a collective."""
+    calls = itertools.count(1)
+    judge = program.judge
+
+    def judge_and_suffer(*args: Any) -> Any:
+        if os.environ["RANK"] == "1" and next(calls) == 2:
+            if how == "raise":
+                (Path(output).parent / "raised").write_text(str(time.time()))
+                raise KeyError("planted")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return judge(*args)
+
+    program.judge = judge_and_suffer
+    run(output, ["steps=50", "checkpoint_every=50"])
+
+
+def test_a_rank_that_raises_stops_all(tmp_path: Path) -> None:
+    """Rank 0 leaves without a word; it takes about two seconds."""
+    with pytest.raises(AssertionError, match="left"):
+        on_ranks(2, sabotaged, str(tmp_path / "run"), "raise", join=False)
+    assert time.time() - float((tmp_path / "raised").read_text()) < 30
+    assert len(read(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def test_a_signal_to_one_rank_ends_the_step_of_all(tmp_path: Path) -> None:
+    on_ranks(2, sabotaged, str(tmp_path / "run"), "stop", join=False)
+    assert "stopped after step 2 of 50; resume=auto goes on from there." in (tmp_path / "said.txt").read_text()
+    assert os.readlink(tmp_path / "run" / "checkpoints" / "latest") == "step-000002"
+
+
 # ---- as torchrun starts it ----------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +165,8 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_a_signal_to_one_rank_ends_the_step_of_all(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_torchrun_ends_with_0_after_a_signal_to_one_rank(tmp_path: Path) -> None:
     output, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     process = torchrun(f"output={output}", *SMALL, "steps=500", "checkpoint_every=null")
     wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, process)
@@ -143,6 +178,7 @@ def test_a_signal_to_one_rank_ends_the_step_of_all(tmp_path: Path) -> None:
     assert os.readlink(output / "checkpoints" / "latest") == f"step-{steps:06d}"
 
 
+@pytest.mark.slow
 def test_a_failing_rank_stops_all_and_its_traceback_comes_first(tmp_path: Path) -> None:
     """Rank 1 raises in the second step while rank 0 goes on into a collective."""
     process = torchrun(f"output={tmp_path / 'run'}", *SMALL, module="tests.parallel.failing")
