@@ -40,7 +40,8 @@ BASE = "base"
 RESULT = "result.json"
 LETTERS = dict(zip(Verdict, "cwupte", strict=True))  # correct, wrong, unanswered, unparsed, timeout, error
 NOT_COMPARED = (  # settings that a result does not depend on, or not more than on the machine
-    *("output", "overwrite", "resume", "threads", "device", "checkpoint_every", "keep_checkpoints", "logging", "sampling.invariant"),
+    *("output", "overwrite", "resume", "threads", "device", "checkpoint_every", "keep_checkpoints", "logging"),
+    *("sampling.invariant", "sampling.cache_mb"),
 )
 
 
@@ -177,7 +178,7 @@ def kept(settings: dict[str, Any]) -> dict[str, Any]:
 
 def differences(result: dict[str, Any], cell: Cell) -> list[str]:
     """In which settings a result was made otherwise than the cell asks. A setting that did not exist then counts as its default."""
-    defaults, now, before = compared(TrainConfig()), compared(cell.config), result["config"]
+    defaults, now, before = compared(TrainConfig()), compared(cell.config), kept(result["config"])
     found = [
         f"{name} was {before.get(name, defaults.get(name))} and is {now.get(name)}"
         for name in {**before, **now}
