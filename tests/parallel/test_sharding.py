@@ -115,7 +115,13 @@ def outcome(case: Case, ranks: Ranks, shard_size: int | None = None) -> Outcome:
     learner = Learner(model, config, case.loss, OffPolicyConfig(updates=case.updates), 1.0, CPU, ranks, mesh)
     gradients: list[Tensor] = []
     watched = [weight for group in learner.optimizer.param_groups for weight in group["params"]]
-    learner.optimizer.register_step_pre_hook(lambda *_: gradients.append(flat(weight.grad for weight in watched)))
+    update = learner.optimizer.step
+
+    def watched_update() -> Any:  # a hook of the optimizer would run once for each of its classes whose `step` torch has wrapped
+        gradients.append(flat(weight.grad for weight in watched))
+        return update()
+
+    vars(learner.optimizer)["step"] = watched_update
     learner.publish()
     learned, copies = [], [flat(model.parameters()).clone()]
     for step in range(STEPS):
