@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bcr.analysis.costs import DECODE_EFFICIENCY, GIB, LEARNING_MFU, Device, Load, kv_bytes, memory, parameters, peak, seconds, slots
-from bcr.analysis.scaling import Fabric, remedies, rows, stop
+from bcr.analysis.scaling import Fabric, remedies, rows, shard_of_a_node, stop
 from bcr.assemble import model_folder
 from bcr.model import DecoderConfig
 from bcr.model.huggingface import read_config
@@ -90,9 +90,25 @@ def prepare(config: PlanConfig) -> Plan:
         )
     if wrong := [count for count in config.scale if count < 1]:
         raise ValueError(f"scale has {wrong[0]}; a number of GPUs is at least 1.")
-    if not config.scale and not fits(shape, load, device):
-        raise ValueError(advice(shape, load, device))
+    check_shards(config)
+    if config.scale:
+        return Plan(config, shape, device, load)
+    load = replace(load, shard=min(load.devices, load.shard or shard_of_a_node(config.fabric, load.devices)))
+    if not fits(shape, load, device):
+        raise ValueError(advice(config, shape, load, device))
     return Plan(config, shape, device, load)
+
+
+def check_shards(config: PlanConfig) -> None:
+    """As a run does at its start; in a comparison smaller numbers of GPUs shard over all of them."""
+    shard = config.parallel.shard_size
+    if shard is None:
+        return
+    if shard < 1:
+        raise ValueError(f"parallel.shard_size is {shard}; it must be at least 1.")
+    for devices in config.scale or [config.gpus]:
+        if devices > 1 and devices % (min(shard, devices) if config.scale else shard):
+            raise ValueError(f"parallel.shard_size is {shard}; it must divide the number of GPUs, which is {devices}.")
 
 
 def shape_of(model: ModelConfig) -> DecoderConfig:
@@ -121,6 +137,7 @@ def load_of(config: PlanConfig, shape: DecoderConfig) -> Load:
         in_flight=config.sampling.max_batch,
         cache_bytes=(config.sampling.cache_mb or 0) * 2**20,
         devices=config.gpus,
+        shard=config.parallel.shard_size,
         group=config.bundles.group,
         trained=adapter.numbers(shape) if adapter else None,
     )
@@ -133,7 +150,7 @@ def fits(shape: DecoderConfig, load: Load, device: Device) -> bool:
     return slots(shape, load) >= 1 and peak(memory(shape, load)) <= (device.memory_gib - device.reserve) * GIB
 
 
-def advice(shape: DecoderConfig, load: Load, device: Device) -> str:
+def advice(config: PlanConfig, shape: DecoderConfig, load: Load, device: Device) -> str:
     """One sentence: what is too much, and the first of the usual remedies, each on top of the one before, with which it fits."""
     parts = memory(shape, load)
     largest = ", ".join(f"{part} {size / GIB:.1f}" for part, size in sorted(parts.items(), key=lambda item: -item[1])[:3])
@@ -146,15 +163,20 @@ def advice(shape: DecoderConfig, load: Load, device: Device) -> str:
         (f"optimizer.pack_tokens={load.length}", {"pack_tokens": load.length}),
         ("model.activation_checkpointing=true", {"checkpointing": True}),
         (f"sampling.cache_mb={small_cache}", {"cache_bytes": small_cache * 2**20}),
-        *((f"{count} GPUs (sharded)", {"devices": count}) for count in (2, 4, 8, 16, 32, 64)),
     ]
+    for count in (2, 4, 8, 16, 32, 64):
+        of_a_node = shard_of_a_node(config.fabric, count)
+        for shard in sorted({of_a_node, count}):
+            unsaid = shard == (config.parallel.shard_size or of_a_node)
+            remedy = f"{count} GPUs (sharded)" if unsaid else f"{count} GPUs (sharded) and parallel.shard_size={shard}"
+            usual.append((remedy, {"devices": count, "shard": shard}))
     remedies: list[str] = []
     changed = load
     for remedy, change in usual:
-        if all(getattr(changed, name) == value for name, value in change.items()) or change.get("devices", 99) <= load.devices:
+        if all(getattr(changed, name) == value for name, value in change.items()) or change.get("devices", load.devices) < load.devices:
             continue
         changed = replace(changed, **change)
-        remedies = [*(kept for kept in remedies if "devices" not in change or not kept.endswith("(sharded)")), remedy]
+        remedies = [*(kept for kept in remedies if "devices" not in change or "(sharded)" not in kept), remedy]
         if fits(shape, changed, device):
             return f"{said}; it fits with {' and '.join(remedies)}."
     return f"{said}; nothing that this program knows makes it fit: take a smaller model or budget."
@@ -211,7 +233,8 @@ def run(plan: Plan) -> None:
         return
     shape, load, device = plan.shape, plan.load, plan.device
     parts, times = memory(shape, load), seconds(shape, load, device)
-    table = Table("part", "GiB", title=f"{parameters(shape) / 1e9:.2f} B parameters on {load.devices} x {device.name}")
+    shards = f", shards over {load.sharded}" if load.sharded < load.devices else ""
+    table = Table("part", "GiB", title=f"{parameters(shape) / 1e9:.2f} B parameters on {load.devices} x {device.name}{shards}")
     for part, size in parts.items():
         table.add_row(part, f"{size / GIB:.2f}")
     table.add_section()

@@ -112,14 +112,19 @@ def step_seconds(config: DecoderConfig, load: Load, device: Device, fabric: Fabr
     }
 
 
+def shard_of_a_node(fabric: Fabric, devices: int) -> int:
+    """Over how many of so many devices a run shards where nothing is said: those of one node, all nodes having as many."""
+    return max(count for count in range(1, fabric.per_node + 1) if devices % count == 0)
+
+
 def row(config: DecoderConfig, load: Load, device: Device, fabric: Fabric) -> Row:
-    """With the weights sharded over a node, as is the default, or over as many nodes as it takes to fit."""
-    shard = min(load.devices, load.shard or fabric.per_node)
+    """With the weights sharded as `load` says, or else over a node, as is the default, or over as many nodes as it takes to fit."""
+    shard = min(load.devices, load.shard or shard_of_a_node(fabric, load.devices))
     while True:
         tried = replace(load, shard=shard)
         needed = peak(memory(config, tried)) / GIB
         fits = slots(config, tried) >= 1 and needed <= device.memory_gib - device.reserve
-        if fits or load.devices % (2 * shard):
+        if fits or load.shard or load.devices % (2 * shard):
             return Row(load.devices, shard, needed, step_seconds(config, tried, device, fabric) if fits else {})
         shard *= 2
 

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+from bcr.analysis.costs import GIB, memory, peak
+from bcr.analysis.scaling import rows
 from bcr.model import Decoder
 from bcr.model.lora import TARGETS, Adapter, attach
 from bcr.plan import PlanConfig, prepare, run
@@ -64,6 +66,37 @@ def test_a_recipe_says_what_is_the_papers_and_what_is_ours(recipe):
     assert "OURS" in text
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sharded"),
+    [
+        (["+gpus=4"], 4),
+        (["+gpus=16"], 8),
+        (["+gpus=12"], 6),
+        (["+gpus=16", "+fabric.per_node=4"], 4),
+        (["+gpus=16", "parallel.shard_size=16"], 16),
+        (["+gpus=8", "parallel.shard_size=2"], 2),
+    ],
+)
+def test_the_plan_shards_as_a_run_does(overrides, sharded):
+    """Over one machine where nothing else is said; and the comparison of numbers of GPUs says the same of the same number."""
+    plan = planned("experiment=bcr_1.5b", *overrides)
+    assert plan.load.sharded == sharded
+    scale = planned("experiment=bcr_1.5b", *overrides[1:], f"+scale=[{plan.load.devices}]")
+    [row] = rows(scale.shape, scale.load, scale.device, scale.config.fabric, scale.config.scale)
+    assert (row.shard, row.memory * GIB) == (sharded, pytest.approx(peak(memory(plan.shape, plan.load))))
+
+
+def test_more_machines_hold_what_one_cannot_where_the_shards_spread():
+    """What is advised on small GPUs, word for word, fits."""
+    overrides = ["experiment=bcr_4b", "+device_numbers={name: small, memory_gib: 30, tflops: 100, bandwidth: 1, reserve: 1}"]
+    with pytest.raises(ValueError, match=r"it fits with .*16 GPUs \(sharded\) and parallel\.shard_size=16\.$") as refusal:
+        planned(*overrides)
+    changes = re.findall(r"[a-z_]+\.[a-z_]+=\w+", str(refusal.value).partition("it fits with")[2])
+    planned(*overrides, "+gpus=16", *changes)
+    with pytest.raises(ValueError, match="it fits with"):
+        planned(*overrides, "+gpus=16", *changes[:-1])
+
+
 def test_the_advice_helps():
     with pytest.raises(ValueError, match=r"^[^\n]+\.$") as refusal:
         planned("experiment=bcr_1.5b", "+gpu=rtx_4090")
@@ -82,6 +115,8 @@ def test_the_advice_helps():
         (["experiment=bcr_1.5b", "sampling.cache_mb=100"], "sampling.cache_mb is 100, too little"),
         (["experiment=bcr_1.5b", "+gpu=tpu"], "gpu is 'tpu'; it must be one of h100"),
         (["experiment=bcr_1.5b", "+gpus=0"], "gpus is 0"),
+        (["experiment=bcr_1.5b", "+gpus=4", "parallel.shard_size=3"], "parallel.shard_size is 3; it must divide"),
+        (["experiment=bcr_1.5b", "parallel.shard_size=0", "+scale=[2]"], "parallel.shard_size is 0; it must be"),
         (["experiment=bcr_1.5b", "loss.kind=ppo"], "loss.kind"),
         (["bundles.budget=2000"], "the model's context is 1024"),
         (["model=folder", "model.path=no/such/folder"], "neither a folder nor a hub repository"),
