@@ -107,6 +107,8 @@ def prepare(config: StudyConfig) -> Study:
     names = [name for name in listing.cells if config.cells is None or name in config.cells]
     if not seeds or not names:
         raise ValueError("seeds and cells: there must be at least one of each.")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds is {list(seeds)}; each may stand there once: two processes would write into one folder.")
     base = make_cell(config, listing, BASE, 0)
     cells = [base, *(make_cell(config, listing, name, seed) for seed in seeds for name in names)]
     pending = [cell for cell in cells if not is_done(cell, config.redo)]
@@ -132,7 +134,8 @@ def make_cell(config: StudyConfig, listing: Listing, name: str, seed: int) -> Ce
     training = compose("train", [*overrides, *ours], TrainConfig)
     for section in (training.reward, training.advantage, training.loss, training.optimizer):
         section.check()
-    return Cell(name, seed, training, Measurement(config.problems, tuple(config.sizes), config.roomy, tuple(config.cut_at)))
+    sizes, cut_at = (tuple(sorted(set(numbers))) for numbers in (config.sizes, config.cut_at))
+    return Cell(name, seed, training, Measurement(config.problems, sizes, config.roomy, cut_at))
 
 
 def is_done(cell: Cell, redo: bool) -> bool:

@@ -15,7 +15,7 @@ from bcr.records import Verdict
 from bcr.runtime.config import compose, config_folder
 from bcr.runtime.schema import TrainConfig
 from bcr.study import BASE, Listing, StudyConfig, check_listing, collect, prepare, run
-from bcr.study_cell import LETTERS, differences, letters, read_result
+from bcr.study_cell import LETTERS, Measurement, differences, letters, read_result
 from bcr.tasks.arithmetic import ArithmeticProblems
 
 TINY = "['bundles.per_step=1','bundles.group=2','sampling.row_block=8']"
@@ -130,11 +130,18 @@ def test_the_listed_cells_are_trainings_of_matched_problems_a_step(tmp_path):
         ("problems=7", "problems is 7; it must be a multiple of every N, here of 2"),
         ("seeds=[]", "there must be at least one of each"),
         ("workers=0", "workers is 0"),
+        ("seeds=[0,1,0]", r"seeds is \[0, 1, 0\]; each may stand there once"),
     ],
 )
 def test_bad_input_is_one_sentence(override, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         prepare(study(tmp_path, override))
+
+
+def test_sizes_and_budgets_are_measured_once_and_in_order(tmp_path):
+    """The analysis takes the first N for the smallest, and the first budget for the tightest."""
+    cell = prepare(study(tmp_path, "sizes=[2,1,2]", "cut_at=[30,10]")).cells[0]
+    assert cell.measurement == Measurement(6, (1, 2), 40, (10, 30))
 
 
 def test_a_comparison_names_cells():
