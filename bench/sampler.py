@@ -122,8 +122,8 @@ def case(name: str, ours: Watched, work: list[Request], n: int, limit: float, op
         theirs = [measured("transformers generate", run, limit, 1, device)]
         del peer
         if options["peers"] > 1:
-            name = "transformers continuous batching"
-            theirs.append(measured(name, lambda: peers_of.continuous(folder, device, work, n, options["limit_s"]), limit, 1, device))
+            run = lambda: peers_of.continuous(folder, device, work, n, options["limit_s"])  # noqa: E731
+            theirs.append(measured("transformers continuous batching", run, limit, 1, device))
         fastest = max(result["tokens_per_s"] for result in theirs if "missing" not in result)
         print(f"  {results[0]['tokens_per_s'] / fastest:.1f} times the faster peer")
         results += theirs

@@ -2,11 +2,15 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from bench import sampler as bench
+from bench._sampler_work import decoder, grouped
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["shape=tiny", "requests=3", "shortest=3", "longest=6", "groups=1", "budget=4", "repeats=1"]
@@ -33,6 +37,15 @@ def test_every_row_of_both_workloads() -> None:
             assert 0 < row["limit"] < 1
         assert case["results"][0]["first_token"] <= case["results"][0]["seconds"]
         assert case["memory"]["cache"] > 0
+
+
+def test_a_case_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every peer; what they measure is not looked at here."""
+    monkeypatch.setattr(bench, "measured", lambda name, *_: {"name": name, "tokens_per_s": 1.0})
+    monkeypatch.setattr(bench.peers_of, "load", lambda *_: None)
+    work, n = grouped(1, 4, 96, random.Random(0))
+    options = {"device": "cpu", "repeats": 1, "peers": 2, "peer_batch": 1, "limit_s": 1}
+    assert bench.case("groups", bench.Watched(decoder("tiny", "cpu")), work, n, 1.0, options, "")["case"] == "groups"
 
 
 @pytest.mark.slow
