@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bcr.sampler import Request, Sampler, SamplingParams, memory
+from bcr.sampler import Request, Sampler, SamplingParams, memory, paged
 from bcr.sampler.kv_cache import KVCache
 from bcr.sampler.memory import ALONE, KEPT, LENT, Loan, block_count, cache_bytes, cache_share
 from bcr.sampler.paged_runner import PagedRunner
@@ -121,7 +121,7 @@ def test_a_cache_that_the_device_cannot_hold_is_named(make_decoder, monkeypatch:
 
 
 def test_invariant_mode_keeps_every_pass_at_one_size(make_decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that matrix products have one shape each, whatever the company; and the rollouts are those of the other mode."""
+    """So that matrix products have one shape each, whatever the company; and the tokens are those of the other mode."""
     model = make_decoder()
     passes = set()
     forward = type(model).forward
@@ -140,6 +140,35 @@ def test_invariant_mode_keeps_every_pass_at_one_size(make_decoder, monkeypatch: 
     for others in (plain, alone):
         for ours, theirs in zip(found, others, strict=True):
             assert [rollout.token_ids for rollout in ours] == [rollout.token_ids for rollout in theirs]
+
+
+def one_query_at_a_time(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor, ends: torch.Tensor, **_: int
+) -> torch.Tensor:
+    """`paged_attention` in float64, in which no query knows of another."""
+    out = torch.zeros_like(query)
+    share = query.shape[1] // keys.shape[2]
+    for row, length in enumerate(lengths.tolist()):
+        held = [cache[table[row].long()].flatten(0, 1).repeat_interleave(share, 1).double() for cache in (keys, values)]
+        for at in range(int(ends[row]), int(ends[row + 1]) if length else 0):
+            key, value = (cached[: length - int(ends[row + 1]) + at + 1] for cached in held)
+            scores = (key * query[at].double()).sum(-1) * query.shape[2] ** -0.5
+            out[at] = (scores.softmax(0)[..., None] * value).sum(0)
+    return out
+
+
+def test_invariant_rollouts_do_not_depend_on_company_cuts_or_lag(make_decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit, where attention gives a query its bits whatever stands beside it, as the kernels do on CUDA. The reference of a CPU
+    does not: `scaled_dot_product_attention` depends on how many queries of a prompt come together, and log-probs then differ by some 1e-6.
+    """
+    monkeypatch.setattr(paged, "paged_attention", one_query_at_a_time)
+    options = {"paged": True, "cache_mb": 2, "max_batch": 10, "step_tokens": 24, "invariant": True}
+    model, requests = make_decoder(), REQUESTS[::4]
+    together = Sampler(model, **options).generate(requests, PARAMS)
+    assert Sampler(model, lag=2, **options).generate(requests[::-1], PARAMS)[::-1] == together
+    assert Sampler(model, share_prompts=False, **options).generate(requests, PARAMS) == together
+    for request, group in zip(requests, together, strict=True):
+        assert Sampler(model, **options).generate([request], PARAMS) == [group]
 
 
 def test_preemption_in_invariant_mode_is_said(make_decoder) -> None:
