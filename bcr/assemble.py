@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bcr.model import Decoder, DecoderConfig, load_pretrained
 from bcr.model.huggingface import read_config, resolve, stop_token_ids
-from bcr.model.lora import adapt
+from bcr.model.lora_config import adapt
 from bcr.records import Problem
 from bcr.runtime.config import config_folder, first_here, typed
 from bcr.runtime.schema import BundleConfig, DataConfig, DialectConfig, GradingConfig, ModelConfig, RandomModel, SamplingConfig

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bcr.model import lora
+from bcr.model import adapter_files, lora
 from bcr.model.decoder import Decoder, DecoderConfig
 from bcr.model.rotary import RopeScaling
 from bcr.model.weights import INDEX, SHARD_BYTES, empty_state, fill_from, under_their_names, write_weights
@@ -108,7 +108,7 @@ def save_pretrained(
     state = lora.merged_state(model) if model.adapter else model.state_dict()
     write_weights(folder, under_their_names(state, model.config), shard_bytes)
     if model.adapter:
-        lora.write_adapter(model, folder / lora.FOLDER)
+        adapter_files.write_adapter(model, folder / adapter_files.FOLDER)
 
 
 def describe(model: Decoder) -> dict[str, Any]:

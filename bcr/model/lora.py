@@ -6,69 +6,25 @@ bfloat16, and cost the backward the full gradient of W, from which those of A an
 trained, with its gradient, float32 master and moments, is rank * (inputs + outputs) numbers a matrix; a step does two thirds of the
 arithmetic of full training; a forward does rank * (inputs + outputs) multiply-adds a token more, in two narrow products for each matrix.
 
-Checkpoints hold the merged weights, and beside them the adapter alone in the files of `peft` (see `write_adapter`). There is no dropout.
+Checkpoints hold the merged weights, and beside them the adapter alone (`adapter_files.py`). There is no dropout.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bcr.model.decoder import Decoder, DecoderConfig
-from bcr.model.weights import FUSED, part_sizes, read_tensors, stored_tensors
+from bcr.model.weights import FUSED, part_sizes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FOLDER = "adapter"  # in a checkpoint; beside a config.json `transformers` would take the merged weights for the adapter's base
-PEFT_PREFIX = "base_model.model.model."
-UNSUPPORTED = {  # of peft's config: values that change the function, and what they must be here
-    "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {},
-    "alpha_pattern": {}, "layers_to_transform": None, "lora_bias": False, "trainable_token_indices": None,
-}  # fmt: skip
-
-
-@dataclass
-class LoraConfig:
-    """What a run asks for: nothing, or new adapters of `rank` (alpha None: twice the rank; targets None: all seven), or those at `path`."""
-
-    rank: int | None = None
-    alpha: float | None = None
-    targets: list[str] | None = None
-    path: str | None = None  # a folder with an adapter in peft's files, which brings its own rank, alpha and targets
-
-    def adapter(self, base: str | None) -> Adapter | None:
-        """The adapter that is meant, if any; ValueError, with one sentence, for what cannot be. `base` names the model it belongs to."""
-        given = [name for name in ("rank", "alpha", "targets") if getattr(self, name) is not None]
-        if self.path is not None:
-            if given:
-                value = getattr(self, given[0])
-                raise ValueError(f"model.lora.{given[0]} is {value}; the adapter at model.lora.path brings its own: leave it out.")
-            return replace(read_adapter_config(Path(self.path)), base=base)
-        if self.rank is None:
-            if given:
-                raise ValueError(
-                    f"model.lora.{given[0]} is {getattr(self, given[0])}, but no adapter is asked for; give model.lora.rank too."
-                )
-            return None
-        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
-        targets = TARGETS if self.targets is None else tuple(self.targets)
-        if self.rank < 1:
-            raise ValueError(f"model.lora.rank is {self.rank}; it must be at least 1.")
-        if not alpha > 0:
-            raise ValueError(f"model.lora.alpha is {alpha}; it must be positive.")
-        if not targets or len({*targets}) < len(targets) or not {*targets} <= {*TARGETS}:
-            raise ValueError(f"model.lora.targets is {list(targets)}; it must name some of {', '.join(TARGETS)}, each once.")
-        return Adapter(self.rank, alpha, tuple(target for target in TARGETS if target in targets), base)
 
 
 @dataclass(frozen=True)
@@ -199,28 +155,16 @@ def _spans(model: Decoder, name: str, linear: nn.Module, targets: Sequence[str])
 def initialise(model: Decoder, seed: int) -> Decoder:
     """A uniform in +-1 / sqrt(inputs), B zero (as in peft): the model starts as its base."""
     generator = torch.Generator().manual_seed(seed)
-    for layer in _adapted(model).values():
+    for layer in adapted_layers(model).values():
         bound = 1 / math.sqrt(layer.in_features)
         layer.lora_A.copy_((2 * torch.rand(layer.lora_A.shape, generator=generator) - 1) * bound)
         layer.lora_B.zero_()
     return model
 
 
-def adapt(model: Decoder, config: LoraConfig, base: str | None, seed: int) -> Decoder:
-    """Attach the adapter that `config` asks for, if any: read from its `path`, or else new. ValueError where it does not fit."""
-    adapter = config.adapter(base)
-    if adapter is None:
-        return model
-    attach(model, adapter)
-    if config.path is None:
-        return initialise(model, seed)
-    load_adapter(model, Path(config.path))
-    return model
-
-
 def merged_state(model: Decoder) -> dict[str, Tensor]:
     """The state dict of a plain decoder that computes the same."""
-    layers = _adapted(model)
+    layers = adapted_layers(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith((".lora_A", ".lora_B"))}
     return {**state, **{f"{name}.weight": layer.merged() for name, layer in layers.items()}}
 
@@ -232,76 +176,8 @@ def empty_twin(model: Decoder) -> Decoder:
         return twin if model.adapter is None else attach(twin, model.adapter)
 
 
-def _adapted(model: Decoder) -> dict[str, LoraLinear]:
+def adapted_layers(model: Decoder) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
 # ---- in peft's files ----------------------------------------------------------------------------------------------------------
-
-
-def under_peft_names(model: Decoder) -> dict[str, Tensor]:
-    """Views of the adapters: what is written to a view is in the model."""
-    views = {}
-    for name, layer in _adapted(model).items():
-        owner = name.rpartition(".")[0]
-        for target, _, down, up in layer.parts():
-            views[f"{PEFT_PREFIX}{owner}.{target}.lora_A.weight"] = down
-            views[f"{PEFT_PREFIX}{owner}.{target}.lora_B.weight"] = up
-    return views
-
-
-def write_adapter(model: Decoder, folder: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors, for `PeftModel.from_pretrained(base, folder)`. OSError if the disk is full."""
-    assert model.adapter is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    described = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model.adapter.base,
-        "r": model.adapter.rank,
-        "lora_alpha": model.adapter.alpha,
-        "target_modules": list(model.adapter.targets),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-    }
-    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n")
-    save_file({name: view.cpu().clone() for name, view in under_peft_names(model).items()}, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def read_adapter_config(folder: Path) -> Adapter:
-    """ValueError, with one sentence, for a folder without an adapter, and for what this decoder cannot do."""
-    file = folder / CONFIG
-    if not file.exists():
-        raise ValueError(f"model.lora.path is {str(folder)!r}; there is no {CONFIG}.")
-    if not (folder / WEIGHTS).exists():
-        raise ValueError(f"{folder}: there is no {WEIGHTS}; pickled adapters are refused, for unpickling runs code.")
-    try:
-        raw = json.loads(file.read_text())
-        kind, rank, alpha = raw.get("peft_type"), raw.get("r"), raw.get("lora_alpha")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is no JSON object ({error}).") from error
-    if kind != "LORA" or not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise ValueError(f"{file}: peft_type is {kind!r}, r {rank!r}, lora_alpha {alpha!r}; it must be LORA with two numbers.")
-    for name, plain in UNSUPPORTED.items():
-        if raw.get(name, plain) not in (plain, None):
-            raise ValueError(f"{file}: {name} is {raw[name]!r}; only adapters with {name} = {plain!r} are supported.")
-    found = {name.split(".")[-3] for name in stored_tensors(folder, WEIGHTS)}
-    if unknown := sorted(found - {*TARGETS}):
-        raise ValueError(f"{folder}: {WEIGHTS} adapts {', '.join(unknown)}; supported are {', '.join(TARGETS)}.")
-    return Adapter(rank, float(alpha), tuple(target for target in TARGETS if target in found))
-
-
-def load_adapter(model: Decoder, folder: Path) -> None:
-    """Copy the tensors of an adapter into those attached. ValueError where names or shapes differ."""
-    places = under_peft_names(model)
-    stored = stored_tensors(folder, WEIGHTS)
-    for name in sorted(places.keys() | stored.keys()):
-        if name not in stored or name not in places:
-            raise ValueError(
-                f"{folder}: the tensor {name!r} is {'missing' if name in places else 'one for which this model has no place'}."
-            )
-        if stored[name][0] != tuple(places[name].shape):
-            raise ValueError(f"{folder}: {name!r} has shape {stored[name][0]}; the model calls for {tuple(places[name].shape)}.")
-    for name, tensor in read_tensors(folder / WEIGHTS, list(stored)):
-        places[name].copy_(tensor)

@@ -9,7 +9,7 @@ from bcr.learner.losses import LossConfig
 from bcr.learner.off_policy import OffPolicyConfig
 from bcr.learner.rewards import RewardConfig
 from bcr.learner.step import OptimizerConfig
-from bcr.model.lora import LoraConfig
+from bcr.model.lora_config import LoraConfig
 from bcr.runtime.guards import GuardConfig
 
 

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 from bcr.assemble import assemble
 from bcr.learner.step import OptimizerConfig
 from bcr.model import Decoder, load_pretrained, save_pretrained
+from bcr.model.adapter_files import under_peft_names
 from bcr.model.attention import PackedAttention
-from bcr.model.lora import TARGETS, LoraConfig, LoraLinear, adapt, under_peft_names
+from bcr.model.lora import TARGETS, LoraLinear
+from bcr.model.lora_config import LoraConfig, adapt
 from bcr.model.weights import FUSED, under_their_names
 from bcr.runtime.config import compose
 from bcr.runtime.schema import TrainConfig

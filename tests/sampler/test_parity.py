@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bcr.model import Decoder, save_pretrained
 from bcr.model.attention import PackedAttention
-from bcr.model.lora import LoraConfig, adapt
+from bcr.model.lora_config import LoraConfig, adapt
 from bcr.model.row_attention import InvariantAttention, round_up
 from bcr.sampler import Request, Rollout, Sampler, SamplingParams
 from bcr_kernels import linear_logprob
