@@ -18,8 +18,18 @@ from bcr.runtime.schema import TrainConfig
 LAUNCH = Path(__file__).parents[2] / "docs" / "launch"
 SBATCH, MANIFESTS = LAUNCH / "slurm.sbatch", sorted(LAUNCH.glob("*.yaml"))
 TORCHRUN = 'printf "%s\\n" "$@" > "$SEEN"\n'
+SRUN = """
+"$@" &
+echo $! > "$SEEN.task"
+trap 'kill -KILL $!' TERM
+wait $!
+code=$?
+while kill -0 $! 2> /dev/null; do wait $!; code=$?; done
+exit $code
+"""
 COMMANDS = {  # stand-ins on the PATH
-    "srun": 'exec "$@"\n',
+    "srun": SRUN,  # which kills its tasks when it is told to end ("forcing job termination")
+    "scancel": 'if [ "$*" = "--signal=TERM 17" ]; then kill -TERM "$(cat "$SEEN.task")"; fi\n',  # the steps, not the batch script
     "scontrol": 'if [ "$1" = show ]; then printf "node3\\nnode4\\n"; else echo "$@" >> "$SEEN.scontrol"; fi\n',
     "readlink": "echo step-000200\n",
 }
