@@ -82,7 +82,7 @@ class Ranks:
 
         None: all ranks of one machine shard, and machines replicate (HSDP). ValueError for a `shard_size` that does not divide `size`.
         """
-        shard = shard_size or (self.local_size if self.size > self.local_size else self.size)
+        shard = self.local_size if shard_size is None else shard_size
         if shard < 1 or self.size % shard:
             raise ValueError(f"parallel.shard_size is {shard}; it must divide the number of ranks, which is {self.size}.")
         if shard == self.size:

@@ -66,6 +66,8 @@ def test_one_process_needs_no_group() -> None:
     assert (ranks.sum({"a": 1.0}), ranks.max({"a": 1.0}), ranks.any(True)) == ({"a": 1.0}, {"a": 1.0}, True)
     with ranks.agreeing():
         pass
+    with pytest.raises(ValueError, match=r"parallel.shard_size is 0; it must divide"):
+        ranks.mesh(0)
     with pytest.raises(ValueError, match="mine"), ranks.agreeing():
         raise ValueError("mine")
     ranks.close()
