@@ -118,7 +118,9 @@ class Ranks:
         if self.size == 1:
             return dict(values)
         found = self.gather(dict(values))
-        return {name: math.fsum(one.get(name, 0.0) for one in found) for name in dict.fromkeys(name for one in found for name in one)}
+        columns = {name: [one.get(name, 0.0) for one in found] for name in dict.fromkeys(name for one in found for name in one)}
+        # `fsum` raises where infinities of both signs meet, as in the sums of an update that is to be skipped
+        return {name: math.fsum(column) if all(map(math.isfinite, column)) else sum(column) for name, column in columns.items()}
 
     def max(self, values: Mapping[str, float]) -> dict[str, float]:
         """Maxima over the ranks that have the name; a NaN anywhere is a NaN."""

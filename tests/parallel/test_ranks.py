@@ -16,6 +16,7 @@ def collectives(ranks: Ranks) -> dict[str, Any]:
         "gather_first": ranks.gather_first(me),
         "broadcast": ranks.broadcast(f"of {me}"),
         "sum": ranks.sum({"all": 0.1 * (me + 1), f"of {me}": 1.0}),
+        "poisoned": ranks.sum({"opposite": math.inf if me else -math.inf, "one": math.inf if me else 1.0}),
         "max": ranks.max({"all": float(me), "odd": math.nan if me else 0.0}),
         "any": [ranks.any(me == 1), ranks.any(False)],
         "meshes": [(ranks.mesh(shard).mesh_dim_names, ranks.mesh(shard).mesh.tolist()) for shard in (None, 1, ranks.size)],
@@ -41,6 +42,8 @@ def test_collectives() -> None:
         assert found["gather"] == [{"me": 0}, {"me": 1}]
         assert found["broadcast"] == "of 0"
         assert found["sum"] == {"all": math.fsum([0.1, 0.2]), "of 0": 1.0, "of 1": 1.0}
+        assert math.isnan(found["poisoned"]["opposite"])
+        assert found["poisoned"]["one"] == math.inf
         assert found["max"]["all"] == 1.0
         assert math.isnan(found["max"]["odd"])
         assert found["any"] == [True, False]
