@@ -105,6 +105,8 @@ def prepare(config: TrainConfig) -> Run:
         settle_in(config.threads or (resumption.threads(ranks) if resumption else None), ranks.local_size)
         budget = Budget(config.bundles.budget, config.bundles.budget_per_problem)
         task = assemble(config.model, config.data, config.dialect, config.seed, ranks.device)
+        if resumption:
+            resumption.check(task.model)
         sizes = mixture(config.bundles.sizes, config.bundles.shares)
         bundles = build_bundles(task, config.bundles, sizes, budget, config.seed)
         longest = check_context(task, sizes, budget)
@@ -134,7 +136,7 @@ def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool]
     targets = MovingTargets(config.reward) if config.reward.moving else None
     if targets:
         parts["targets"] = targets
-    done, offsets = run.resumption.restore(learner, task.model, parts, ranks) if run.resumption else (0, {})
+    done, offsets = run.resumption.restore(learner, parts, ranks) if run.resumption else (0, {})
     learner.publish()
     if ranks.size > 1 and ranks.device.type == "cuda":
         learner.probe(run.longest)

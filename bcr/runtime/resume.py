@@ -36,11 +36,17 @@ class Resumption:
         """The thread count that the run had: part of what makes it the same to the last bit, which with other ranks it is not."""
         return self.plain.get("threads") if self.plain.get("ranks") == ranks.size else None
 
-    def restore(self, learner: Trained, whole: Decoder, parts: Mapping[str, Stateful], ranks: Ranks) -> tuple[int, dict[str, int]]:
+    def check(self, model: Decoder) -> None:
+        """ValueError for weights of another precision than the run's: what `model.dtype=auto` means depends on the machine."""
+        before, here = self.plain.get("dtype"), str(model.head_weight.dtype)
+        if before not in (None, here):
+            raise ValueError(f"{self.checkpoint}: its weights were {before} and are {here} here; resume with the dtype it began with.")
+
+    def restore(self, learner: Trained, parts: Mapping[str, Stateful], ranks: Ranks) -> tuple[int, dict[str, int]]:
         """Put everything back; the steps done, and where to cut the run's files."""
         if self.checkpoint is None:
             return 0, {}
-        restore(self.checkpoint, learner, whole, parts, ranks)
+        restore(self.checkpoint, learner, parts, ranks)
         return int(self.plain["step"]), dict(self.plain["offsets"])
 
 

@@ -126,16 +126,12 @@ def read_plain(checkpoint: Path) -> dict[str, Any]:
     return plain
 
 
-def restore(checkpoint: Path, learner: Trained, whole: Decoder, parts: Mapping[str, Stateful], ranks: Ranks) -> None:
+def restore(checkpoint: Path, learner: Trained, parts: Mapping[str, Stateful], ranks: Ranks) -> None:
     """Put everything back; every rank takes part, and there may be other ranks than wrote it.
 
     Only for a checkpoint of ours whose checksums hold (`checkpoint.damage`): its index is a pickle.
     """
     plain = read_plain(checkpoint)
-    if plain["dtype"] != (here := str(whole.head_weight.dtype)):
-        raise ValueError(
-            f"{checkpoint}: its weights were {plain['dtype']} and are {here} here; resume with the dtype that the run began with."
-        )
     reader = dcp.FileSystemReader(checkpoint / FOLDER)
     places: dict[str, Tensor] = originals(learner)
     for name, entry in reader.read_metadata().state_dict_metadata.items():

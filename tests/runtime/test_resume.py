@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bcr import assemble
 from bcr import train as program
 from bcr.model import load_pretrained
 from bcr.runtime import training_state
@@ -183,6 +184,14 @@ def test_another_config_is_refused_and_its_fields_are_named(earlier: Path) -> No
         run(earlier, "steps=6", "seed=1", "optimizer.lr=1e-3", "checkpoint_every=1")
     assert "checkpoint_every" not in str(refusal.value)
     assert files(earlier) == before
+
+
+def test_another_precision_is_refused_before_anything_starts(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model.dtype=auto` is float32 here, and bfloat16 on a machine with a GPU."""
+    monkeypatch.setattr(assemble, "working_dtype", lambda *_: torch.bfloat16)
+    config = compose("train", [f"output={earlier}", *SMALL, "steps=6"], TrainConfig)
+    with pytest.raises(ValueError, match=r"weights were torch.float32 and are torch.bfloat16 here"):
+        program.prepare(config)
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path: Path) -> None:
