@@ -30,7 +30,7 @@ exit $code
 COMMANDS = {  # stand-ins on the PATH
     "srun": SRUN,  # which kills its tasks when it is told to end ("forcing job termination")
     "scancel": 'if [ "$*" = "--signal=TERM 17" ]; then kill -TERM "$(cat "$SEEN.task")"; fi\n',  # the steps, not the batch script
-    "scontrol": 'if [ "$1" = show ]; then printf "node3\\nnode4\\n"; else echo "$@" >> "$SEEN.scontrol"; fi\n',
+    "scontrol": 'if [ "$1" = show ]; then echo node3; sleep 0.1; echo node4; else echo "$@" >> "$SEEN.scontrol"; fi\n',
     "readlink": "echo step-000200\n",
 }
 WAITING = TORCHRUN + "trap 'echo told >> \"$SEEN.told\"; exit 1' TERM\nwhile true; do sleep 0.05; done\n"
