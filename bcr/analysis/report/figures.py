@@ -116,9 +116,9 @@ def by_size(runs: Sequence[Run], name: str, interval: Callable[[Record], tuple[f
     return panel.svg(f"{name.replace('_', ' ').capitalize()} at N = {', '.join(map(str, sizes))}. {'; '.join(said)}.")
 
 
-def axes_by_size(sizes: Sequence[int], limits: tuple[float, float], shown: Callable[[float], str]) -> Panel:
-    """N on a logarithmic axis with a little room on both sides."""
-    panel = Panel((sizes[0] / 1.15, sizes[-1] * 1.15), limits, right=BESIDE, x_log=True)
+def axes_by_size(sizes: Sequence[int], limits: tuple[float, float], shown: Callable[[float], str], beside: int = BESIDE) -> Panel:
+    """N on a logarithmic axis with a little room on both sides, and `beside` pixels for names."""
+    panel = Panel((sizes[0] / 1.15, sizes[-1] * 1.15), limits, right=beside, x_log=True)
     panel.axes([float(size) for size in sizes], ticks_between(*limits), "N: problems in one prompt", shown)
     return panel
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from bcr.analysis.report.figures import percent, plain
+from bcr.analysis.report.figures import APART, axes_by_size, percent, plain
 from bcr.analysis.report.svg import BOTTOM, LINE_HEIGHT, TOP, Panel, nice_limits, spread, ticks_between
 from bcr.analysis.study_findings import direction, signed
 
@@ -56,10 +56,10 @@ def over_sizes(summary: Summary, names: Sequence[str], quantity: str) -> Markup:
     cells = summary["cells"]
     tops = [cell["sizes"][str(size)][quantity][2] for cell in cells.values() for size in sizes]
     limits, shown = ((0.0, 1.0), percent) if quantity == "accuracy" else (nice_limits(tops), plain)
-    panel = size_axes(sizes, limits, shown)
+    panel = axes_by_size(sizes, limits, shown, NAMES)
     labels, said = [], []
     for index, name in enumerate(names):
-        colour, shift = colour_of(summary, name), 4 * (index - (len(names) - 1) / 2)
+        colour, shift = colour_of(summary, name), APART * (index - (len(names) - 1) / 2)
         found = [(float(size), cells[name]["sizes"][str(size)][quantity]) for size in sizes]
         panel.line([(at, estimate[0]) for at, estimate in found], colour, shift=shift)
         for at, (value, low, high) in found:
@@ -71,12 +71,6 @@ def over_sizes(summary: Summary, names: Sequence[str], quantity: str) -> Markup:
         said.append(f"{cells[name]['label']}: {values}")
     panel.end_labels(labels)
     return panel.svg(f"{quantity.capitalize()} at N = {', '.join(map(str, sizes))}. {'; '.join(said)}.")
-
-
-def size_axes(sizes: Sequence[int], limits: tuple[float, float], shown: Callable[[float], str]) -> Panel:
-    panel = Panel((sizes[0] / 1.15, sizes[-1] * 1.15), limits, right=NAMES, x_log=True)
-    panel.axes([float(size) for size in sizes], ticks_between(*limits), "N: problems in one prompt", shown)
-    return panel
 
 
 def differences(summary: Summary, quantity: str, size: str) -> Markup:
