@@ -23,7 +23,7 @@ from bcr.learner.learner import Learned, Learner
 from bcr.learner.packs import Example
 from bcr.learner.targets import MovingTargets
 from bcr.model.ops import implementations
-from bcr.parallel.exchange import learning_cost, own_shares, together
+from bcr.parallel.exchange import learning_cost, on_every_rank, own_shares
 from bcr.parallel.ranks import Ranks
 from bcr.rollouts import RolloutStream
 from bcr.runtime.checkpoints import Checkpoints
@@ -64,7 +64,7 @@ class Run:
     def sample(self, count: int) -> list[list[Judged]]:
         """`count` more groups, sampled and judged now, by all ranks."""
         batch = self.rollouts.sample(count)
-        return together(batch.places, judge(batch.bundles, batch.groups, self.task.dialect, self.grader), self.ranks)
+        return on_every_rank(batch.places, judge(batch.bundles, batch.groups, self.task.dialect, self.grader), self.ranks)
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -153,7 +153,7 @@ def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool]
             with clock("grading"):
                 groups = judge(batch.bundles, batch.groups, task.dialect, run.grader)
             with clock("exchanging"):  # from here on every rank has the whole step
-                judged = together(batch.places, groups, ranks)
+                judged = on_every_rank(batch.places, groups, ranks)
             with clock("resampling"):  # nothing, unless bundles.resample_rounds asks for it
                 replaced = replace_silent(judged, has_signal, run.sample, config.bundles.resample_rounds)
                 judged, bundles = replaced.groups, [group[0].bundle for group in replaced.groups]

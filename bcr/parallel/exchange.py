@@ -69,7 +69,7 @@ def own_shares(examples: Sequence[Example], updates: int, cost: Callable[[Exampl
     return shares
 
 
-def together(places: Sequence[int], groups: Sequence[list[Judged]], ranks: Ranks) -> list[list[Judged]]:
+def on_every_rank(places: Sequence[int], groups: Sequence[list[Judged]], ranks: Ranks) -> list[list[Judged]]:
     """The judged groups of all ranks, on all of them, in the order of their places among the step's.
 
     A token takes 8 bytes on its way: a step of 1,000 rollouts of 4,000 tokens is 32 MB.

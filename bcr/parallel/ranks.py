@@ -51,12 +51,15 @@ class Ranks:
         """What torchrun's environment says; alone without it. gloo on a CPU; on CUDA NCCL for tensors there and gloo for everything else.
 
         `timeout_s`: how long a rank waits for the others in a collective, so longer than sampling may take one rank more than another.
-        ValueError for a device that is not there.
+        ValueError for a device that is not there, and for an environment that lacks what torchrun sets.
         """
         chosen = choose_device(device)
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls.alone(chosen)
+        for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            if name not in os.environ:
+                raise ValueError(f"WORLD_SIZE is {size} and {name} is not set; start several processes with torchrun, or unset WORLD_SIZE.")
         rank, local_rank, local_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"))
         if chosen.type == "cuda":
             if local_size > torch.cuda.device_count():

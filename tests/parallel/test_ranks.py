@@ -74,3 +74,10 @@ def test_one_process_needs_no_group() -> None:
     with pytest.raises(ValueError, match="mine"), ranks.agreeing():
         raise ValueError("mine")
     ranks.close()
+
+
+def test_an_environment_that_torchrun_did_not_make_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE is 2 and RANK is not set; start several processes with torchrun"):
+        Ranks.start("cpu")
