@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bcr.analysis.report.study_panels import accuracy_against_tokens, differences, over_sizes
+from bcr.analysis.report.study_panels import accuracy_against_tokens, by_size, differences
 
 Summary = Mapping[str, Any]
 
@@ -29,7 +29,7 @@ SVG = '<svg xmlns="http://www.w3.org/2000/svg" '
 
 def of_cells(summary: Summary, names: tuple[str, ...], quantity: str) -> str:
     """Some cells over N, those that are there."""
-    return standalone(over_sizes(summary, [name for name in names if name in summary["cells"]], quantity))
+    return standalone(by_size(summary, [name for name in names if name in summary["cells"]], quantity))
 
 
 FIGURES: dict[str, tuple[str, Callable[[Summary], str]]] = {  # file -> experiment, drawing

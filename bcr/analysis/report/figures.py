@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from bcr.analysis.measures import wilson
+from bcr.analysis.report.curves import Curve, over_sizes, plain
 from bcr.analysis.report.folder import Record, Results, Run
 from bcr.analysis.report.svg import BOTTOM, TOP, Panel, nice_limits, ticks_between
 
-BESIDE = 96  # pixels for names beside the right ends of curves
-APART = 4  # pixels between neighbouring runs, so that their intervals stay apart
 Z = 1.96  # 95 % intervals
 
 
@@ -41,22 +40,14 @@ def colour_of(run: Run) -> str:
     return known.get(run.key, "bcr")
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def plain(value: float) -> str:
-    return f"{value:g}"
-
-
 def comparison(results: Results) -> Figure | None:
     """Tokens per problem and accuracy by N for every run that was evaluated, and accuracy under one fixed budget."""
     runs = [run for run in results.runs if run.measures]
     if not runs:
         return None
     panels = [
-        ("Tokens per problem", by_size(runs, "tokens_per_problem", tokens_interval, plain)),
-        ("Accuracy, roomy budget", by_size(runs, "accuracy", accuracy_interval, percent)),
+        ("Tokens per problem", by_size(runs, "tokens_per_problem", tokens_interval)),
+        ("Accuracy, roomy budget", by_size(runs, "accuracy", accuracy_interval)),
     ]
     shared = results.summary.get("shared_budget")
     if shared:
@@ -94,54 +85,30 @@ def tokens_interval(cell: Record) -> tuple[float, float]:
     return cell["tokens_per_problem"] - half, cell["tokens_per_problem"] + half
 
 
-def by_size(runs: Sequence[Run], name: str, interval: Callable[[Record], tuple[float, float]], shown: Callable[[float], str]) -> Markup:
+def by_size(runs: Sequence[Run], name: str, interval: Callable[[Record], tuple[float, float]]) -> Markup:
     """One curve a run over N."""
-    sizes = sorted({size for run in runs for size in run.measures})
-    tops = [interval(cell)[1] for run in runs for cell in run.measures.values()]
-    limits = (0.0, 1.0) if name == "accuracy" else nice_limits(tops)
-    panel = axes_by_size(sizes, limits, shown)
-    labels, said = [], []
-    for index, run in enumerate(runs):
-        colour, shift = colour_of(run), APART * (index - (len(runs) - 1) / 2)
-        points = [(float(size), float(cell[name])) for size, cell in sorted(run.measures.items())]
-        panel.line(points, colour, shift=shift)
-        for size, value in points:
-            low, high = interval(run.measures[int(size)])
-            panel.interval(size, low, high, colour, shift)
-            says = f"{run.title}, N = {size:g}: {shown(value) if name == 'accuracy' else f'{value:.1f}'}"
-            panel.dot(size, value, colour, says, shift)
-        labels.append((points[-1][1], run.label, colour))
-        said.append(f"{run.label}: " + ", ".join(f"{value:.1%}" if name == "accuracy" else f"{value:.1f}" for _, value in points))
-    panel.end_labels(labels)
-    return panel.svg(f"{name.replace('_', ' ').capitalize()} at N = {', '.join(map(str, sizes))}. {'; '.join(said)}.")
-
-
-def axes_by_size(sizes: Sequence[int], limits: tuple[float, float], shown: Callable[[float], str], beside: int = BESIDE) -> Panel:
-    """N on a logarithmic axis with a little room on both sides, and `beside` pixels for names."""
-    panel = Panel((sizes[0] / 1.15, sizes[-1] * 1.15), limits, right=beside, x_log=True)
-    panel.axes([float(size) for size in sizes], ticks_between(*limits), "N: problems in one prompt", shown)
-    return panel
+    curves = [
+        Curve(run.label, run.title, colour_of(run), [(size, cell[name], interval(cell)) for size, cell in sorted(run.measures.items())])
+        for run in runs
+    ]
+    shares = name == "accuracy"
+    limits = (0.0, 1.0) if shares else nice_limits([interval(cell)[1] for run in runs for cell in run.measures.values()])
+    return over_sizes(curves, limits, name.replace("_", " ").capitalize(), shares)
 
 
 def shared_budget(runs: Sequence[Run], shared: Record) -> Markup:
     """Accuracy by N where all N problems together get the same tokens."""
-    sizes = [int(size) for size in shared["sizes"]]
-    panel = axes_by_size(sizes, (0.0, 1.0), percent)
-    drawn = [run for run in runs if run.key in shared]
-    labels, said = [], []
-    for index, run in enumerate(drawn):
-        colour, shift = colour_of(run), APART * (index - (len(drawn) - 1) / 2)
-        points = [(float(size), float(value)) for size, value in zip(sizes, shared[run.key], strict=False)]
-        panel.line(points, colour, shift=shift)
-        for size, value in points:
-            problems = run.measures.get(int(size), {}).get("problems")
-            if problems:
-                panel.interval(size, *wilson(value, problems), colour, shift)
-            panel.dot(size, value, colour, f"{run.title}, N = {size:g}: {value:.1%}", shift)
-        labels.append((points[-1][1], run.label, colour))
-        said.append(f"{run.label}: " + ", ".join(f"{value:.1%}" for _, value in points))
-    panel.end_labels(labels)
-    return panel.svg(f"Accuracy under {shared['tokens']} shared tokens at N = {', '.join(map(str, sizes))}. {'; '.join(said)}.")
+
+    def point(run: Run, size: int, accuracy: float) -> tuple[float, float, tuple[float, float] | None]:
+        problems = run.measures.get(size, {}).get("problems")
+        return size, accuracy, wilson(accuracy, problems) if problems else None
+
+    curves = [
+        Curve(run.label, run.title, colour_of(run), [point(run, *at) for at in zip(shared["sizes"], shared[run.key], strict=False)])
+        for run in runs
+        if run.key in shared
+    ]
+    return over_sizes(curves, (0.0, 1.0), f"Accuracy under {shared['tokens']} shared tokens", shares=True)
 
 
 def length_by_correctness(results: Results) -> Figure | None:

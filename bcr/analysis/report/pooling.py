@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
-from bcr.analysis.report.figures import BESIDE, Figure, Table, accuracy_interval, colour_of, number, percent, plain
+from bcr.analysis.report.curves import BESIDE, percent, plain
+from bcr.analysis.report.figures import Figure, Table, accuracy_interval, colour_of, number
 from bcr.analysis.report.folder import Record, Results, Run
 from bcr.analysis.report.svg import Panel, nice_limits, ticks_between
 

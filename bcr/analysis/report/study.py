@@ -88,7 +88,7 @@ def all_figures(summary: Summary) -> list[Figure]:
             "Accuracy and length by N",
             "Each cell beside the base and the first cell of the study, with room for all N problems.",
             [
-                (f"{label[trio[-1]]}: {quantity}", panels.over_sizes(summary, trio, quantity))
+                (f"{label[trio[-1]]}: {quantity}", panels.by_size(summary, trio, quantity))
                 for trio in trios
                 for quantity in ("accuracy", "tokens")
             ],

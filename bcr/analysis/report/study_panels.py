@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from bcr.analysis.report.figures import APART, axes_by_size, percent, plain
+from bcr.analysis.report.curves import Curve, draw, exact_percent, in_words, over_sizes, percent, plain
 from bcr.analysis.report.svg import BOTTOM, LINE_HEIGHT, TOP, Panel, nice_limits, spread, ticks_between
 from bcr.analysis.study_findings import direction, signed
 
@@ -50,27 +50,22 @@ def accuracy_against_tokens(summary: Summary) -> Markup:
     return panel.svg(f"Accuracy and tokens per problem at N = {size}. {'; '.join(said)}.")
 
 
-def over_sizes(summary: Summary, names: Sequence[str], quantity: str) -> Markup:
+def by_size(summary: Summary, names: Sequence[str], quantity: str) -> Markup:
     """`quantity` (accuracy or tokens) of some cells over N, with the intervals over problems."""
-    sizes = summary["measurement"]["sizes"]
-    cells = summary["cells"]
-    tops = [cell["sizes"][str(size)][quantity][2] for cell in cells.values() for size in sizes]
-    limits, shown = ((0.0, 1.0), percent) if quantity == "accuracy" else (nice_limits(tops), plain)
-    panel = axes_by_size(sizes, limits, shown, NAMES)
-    labels, said = [], []
-    for index, name in enumerate(names):
-        colour, shift = colour_of(summary, name), APART * (index - (len(names) - 1) / 2)
-        found = [(float(size), cells[name]["sizes"][str(size)][quantity]) for size in sizes]
-        panel.line([(at, estimate[0]) for at, estimate in found], colour, shift=shift)
-        for at, (value, low, high) in found:
-            panel.interval(at, low, high, colour, shift)
-            says = f"{value:.1%}" if quantity == "accuracy" else f"{value:.1f} tokens"
-            panel.dot(at, value, colour, f"{cells[name]['title']}, N = {at:g}: {says}", shift)
-        labels.append((found[-1][1][0], cells[name]["label"], colour))
-        values = ", ".join(f"{value[0]:.1%}" if quantity == "accuracy" else f"{value[0]:.1f}" for _, value in found)
-        said.append(f"{cells[name]['label']}: {values}")
-    panel.end_labels(labels)
-    return panel.svg(f"{quantity.capitalize()} at N = {', '.join(map(str, sizes))}. {'; '.join(said)}.")
+    sizes, cells = summary["measurement"]["sizes"], summary["cells"]
+
+    def point(name: str, size: int) -> tuple[float, float, tuple[float, float]]:
+        value, low, high = cells[name]["sizes"][str(size)][quantity]
+        return size, value, (low, high)
+
+    curves = [
+        Curve(cells[name]["label"], cells[name]["title"], colour_of(summary, name), [point(name, size) for size in sizes]) for name in names
+    ]
+    shares = quantity == "accuracy"
+    limits = (
+        (0.0, 1.0) if shares else nice_limits([point(name, size)[2][1] for name in cells for size in sizes])
+    )  # one scale for all panels
+    return over_sizes(curves, limits, quantity.capitalize(), shares, NAMES)
 
 
 def differences(summary: Summary, quantity: str, size: str) -> Markup:
@@ -106,17 +101,17 @@ def under_budgets(summary: Summary, names: Sequence[str]) -> Markup:
     shown = [tick for tick in budgets if tick in (10, 12, 18, 27, 30, 40, 60, 110) or tick == budgets[-1]]
     spaced = [tick for tick, following in zip(shown, [*shown[1:], None], strict=True) if following is None or following > 1.3 * tick]
     panel.axes(spaced, ticks_between(0.0, 1.0), f"token budget at N = {size}", percent)
-    labels, said = [], []
-    for name in names:
-        cell, colour = summary["cells"][name], colour_of(summary, name)
-        points = [(float(budget), cell["sizes"][size]["cut"][str(budget)]) for budget in budgets]
-        panel.line(points, colour)
-        for budget, accuracy in points:
-            panel.dot(budget, accuracy, colour, f"{cell['title']}, {budget:g} tokens: {accuracy:.1%}")
-        labels.append((points[-1][1], cell["label"], colour))
-        said.append(f"{cell['label']}: {', '.join(f'{accuracy:.1%}' for _, accuracy in points)}")
-    panel.end_labels(labels)
-    return panel.svg(f"Accuracy under {', '.join(map(str, budgets))} tokens. {'; '.join(said)}.")
+
+    def point(cell: Mapping[str, Any], budget: int) -> tuple[int, float, None]:
+        return budget, cell["sizes"][size]["cut"][str(budget)], None
+
+    cells = {name: summary["cells"][name] for name in names}
+    curves = [
+        Curve(cell["label"], cell["title"], colour_of(summary, name), [point(cell, budget) for budget in budgets])
+        for name, cell in cells.items()
+    ]
+    draw(panel, curves, "{:g} tokens", exact_percent)
+    return panel.svg(f"Accuracy under {', '.join(map(str, budgets))} tokens. {in_words(curves, shares=True)}.")
 
 
 def training_tokens(summary: Summary) -> Markup:

@@ -10,7 +10,8 @@ from statistics import fmean
 from markupsafe import Markup
 
 from bcr.analysis.measures import wilson
-from bcr.analysis.report.figures import Z, colour_of, percent, plain
+from bcr.analysis.report.curves import percent, plain
+from bcr.analysis.report.figures import Z, colour_of
 from bcr.analysis.report.folder import Record, Run
 from bcr.analysis.report.stages import FEWEST_STEPS, Stages, find_stages
 from bcr.analysis.report.svg import Panel, nice_limits, ticks_between
