@@ -54,10 +54,7 @@ def assemble(model: ModelConfig, data: DataConfig, dialect: DialectConfig, seed:
     if (model.path is None) == (model.random is None):
         raise ValueError("model.path and model.random: give exactly one of them.")
     dtype = working_dtype(model.dtype, device)
-    if model.lora.adapter(model.path) and processes() > 1:
-        raise ValueError(
-            f"model.lora trains on one process and torchrun started {processes()}; start it alone, or set model.lora.rank=null."
-        )
+    model.lora.adapter(model.path)  # its checks come before anything is read
     finite, excluded = decontaminated(data) if data.kind == "dataset" else (None, [])
     problems: Problems = ShuffledProblems(finite, seed) if finite else ArithmeticProblems(data.split, seed, data.operations)  # type: ignore[arg-type]
     if model.random is None:
@@ -95,12 +92,6 @@ def load_model(model: ModelConfig, kind: str, dialect: DialectConfig, device: to
     adapt(decoder, model.lora, model.path, seed)
     decoder.activation_checkpointing = model.activation_checkpointing
     return decoder, spoken
-
-
-def processes() -> int:
-    """Of this run."""
-    started = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if started else 1
 
 
 def working_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -156,19 +156,25 @@ def slots(config: DecoderConfig, load: Load) -> int:
     return min(wanted, int(load.cache_bytes // kv_bytes(config, load)) - 1)
 
 
+def learnt(config: DecoderConfig, load: Load) -> float:
+    """How many numbers are trained."""
+    return parameters(config) if load.trained is None else load.trained
+
+
 def memory(config: DecoderConfig, load: Load) -> dict[str, float]:
     """Bytes by part on one device. With several, masters, moments and gradients are sharded (FSDP) and the sampler has whole weights."""
     count = parameters(config) + (load.trained or 0)
-    share = (count if load.trained is None else load.trained) / load.sharded
+    share = learnt(config, load) / load.sharded
     embedding = config.vocab_size * config.hidden_size
     sharded = load.devices > 1
     narrow = load.weight_bytes < 4
     gathered = embedding + 2 * layer_parameters(config)  # the root module and two layers, whole
     return {
         "weights": load.weight_bytes * (gathered if sharded else count),
+        "frozen shards": load.weight_bytes * (count - load.trained) / load.sharded if sharded and load.trained is not None else 0,
         "masters": 4 * share if narrow or sharded else 0,
         "moments": STATE_BYTES * share,
-        "gradients": 4 * share + (load.weight_bytes * gathered if sharded else 0),
+        "gradients": 4 * share + (load.weight_bytes * gathered if sharded and load.trained is None else 0),
         "activations": activations(config, load),
         # float32 gradients of its weight, where that is trained, and of hidden
         "head": (4 * embedding if load.trained is None else 0) + 8 * load.places * config.hidden_size,

@@ -4,7 +4,7 @@
     exchange    every rollout to every rank, as Python lists
     learning    FSDP2 (`bcr.parallel.sharding`): for each pack the weights are gathered layer by layer, forward and again backward, and
                 float32 gradients reduced, behind the arithmetic except for one layer's share; `waiting` is what does not fit behind it
-    gathering   whole working weights for the sampler, once
+    gathering   whole working weights for the sampler, once; of adapters theirs alone
     updating    AdamW on the shards
 
 A collective is a ring: every rank receives its size times (R - 1) / R, R - 1 hops one after the other. Across nodes the rings of a node
@@ -24,6 +24,7 @@ from bcr.analysis.costs import (
     Load,
     layer_parameters,
     learning_seconds,
+    learnt,
     memory,
     packs,
     parameters,
@@ -86,13 +87,13 @@ def replicas_seconds(fabric: Fabric, size: float, copies: int, messages: int) ->
 
 
 def wire_seconds(config: DecoderConfig, load: Load, fabric: Fabric) -> float:
-    """What learning moves in a step: for each pack every layer's weights twice, the root's (embedding and head) once, and all gradients;
-    with HSDP the sums over the copies once, after the last pack."""
+    """What learning moves in a step: for each pack every layer's weights twice, the root's (embedding and head) once, and all gradients (of
+    adapters theirs alone); with HSDP the sums over the copies once, after the last pack."""
     count, layers = parameters(config), config.num_hidden_layers
     root = count - layers * layer_parameters(config)
     gathered = ring_seconds(fabric, load.weight_bytes * (2 * count - root), load.sharded, 2 * layers + 1)
-    reduced = ring_seconds(fabric, 4 * count, load.sharded, layers + 1)
-    between = replicas_seconds(fabric, 4 * count / load.sharded, load.devices // load.sharded, layers + 1)
+    reduced = ring_seconds(fabric, 4 * learnt(config, load), load.sharded, layers + 1)
+    between = replicas_seconds(fabric, 4 * learnt(config, load) / load.sharded, load.devices // load.sharded, layers + 1)
     return packs(load) * (gathered + reduced) + between
 
 
@@ -101,14 +102,14 @@ def step_seconds(config: DecoderConfig, load: Load, device: Device, fabric: Fabr
     arithmetic, wires = learning_seconds(config, load, device), wire_seconds(config, load, fabric)
     tokens = load.rollouts * load.length
     several = load.devices > 1
-    whole = ring_seconds(fabric, load.weight_bytes * parameters(config), load.sharded, config.num_hidden_layers + 1)
+    whole = ring_seconds(fabric, load.weight_bytes * learnt(config, load), load.sharded, config.num_hidden_layers + 1)
     return {
         "sampling": sampling_seconds(config, load, device),
         "exchange": (EXCHANGE_BYTES / (fabric.hosts * 1e9) + HOST_SECONDS) * tokens if several else 0.0,
         "learning": arithmetic,
         "waiting": max(0.0, wires - arithmetic) + min(wires, arithmetic) / (config.num_hidden_layers + 1),
         "gathering": whole,
-        "updating": UPDATE_BYTES * parameters(config) / load.sharded / (device.bandwidth * 1e12),
+        "updating": UPDATE_BYTES * learnt(config, load) / load.sharded / (device.bandwidth * 1e12),
     }
 
 

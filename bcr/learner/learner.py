@@ -67,6 +67,7 @@ class Learner:
         self.optimizer = optimizer.build(self.model)
         self.reference = self._frozen(model, mesh) if loss.kl_coef > 0 else None
         self.pack_tokens = optimizer.pack_tokens
+        self._published = False
 
     @staticmethod
     def _frozen(model: Decoder, mesh: DeviceMesh | None) -> Decoder:
@@ -94,9 +95,13 @@ class Learner:
         return Learned(sums, num_live, skipped, culprits, measures(self.off_policy, self.loss, sums))
 
     def publish(self) -> None:
-        """Bring the sampler's copy of the weights up to date. Nothing to do for a process alone: there the sampler reads the trainer's."""
+        """Bring the sampler's copy of the weights up to date, of frozen ones only the first time.
+
+        Nothing to do for a process alone: there the sampler reads the trainer's.
+        """
         if self.model is not self.whole:
-            publish(self.model, self.whole)
+            publish(self.model, self.whole, frozen=not self._published)
+            self._published = True
 
     def probe(self, longest: int) -> None:
         """Lower `pack_tokens` to what fits into memory on every rank; `longest` is the longest rollout that can come.

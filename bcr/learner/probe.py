@@ -51,20 +51,17 @@ def learn_once(copy: Decoder, sharded: Decoder, pack: Pack, loss: LossConfig, te
 
 @contextmanager
 def gradients_dropped(model: Decoder) -> Iterator[None]:
-    """Backwards inside make every weight's gradient and free it at once, as where it goes to the shards of all ranks."""
+    """Backwards inside make the gradient of every trained weight and free it at once, as where it goes to the shards of all ranks."""
 
     def drop(weight: Tensor) -> None:
         weight.grad = None
 
-    wanted = [weight.requires_grad for weight in model.parameters()]
-    hooks = [weight.requires_grad_(True).register_post_accumulate_grad_hook(drop) for weight in model.parameters()]
+    hooks = [weight.register_post_accumulate_grad_hook(drop) for weight in model.parameters() if weight.requires_grad]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for weight, before in zip(model.parameters(), wanted, strict=True):
-            weight.requires_grad_(before)
         model.zero_grad(set_to_none=True)
 
 

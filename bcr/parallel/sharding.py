@@ -3,13 +3,18 @@
 Each layer is a unit whose weights are gathered, in the dtype of computing, when its forward or backward comes, and freed after it. What is
 left (embedding, last norm, head) is the unit of the root: whole from the start of the forward to the end of the backward. So the head's
 operation runs inside the root's forward (`Decoder.forward(head=...)`), where its weight, which may be the embedding's too, is whole.
+
+With low-rank adapters a unit holds frozen weights, in the dtype of computing, beside float32 adapters; only what is trained has gradients
+and is reduced (a unit may mix both; its trained parameters must have one dtype).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -64,22 +69,38 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def publish(sharded: Decoder, copy: Decoder) -> None:
-    """Write the weights of `sharded` into the whole `copy`, in its dtype and in place. Every rank calls it.
+def publish(sharded: Decoder, copy: Decoder, frozen: bool = False) -> None:
+    """Write the weights of `sharded` that are trained, or with `frozen` all, into the whole `copy`, in its dtype and in place.
 
-    Unit by unit, so that no more than one of them is whole beside the copy; narrow weights travel narrow.
+    Every rank calls it. Unit by unit, so that no more than one of them is whole beside the copy; narrow weights travel narrow.
     """
     for part, whole in zip(units(sharded), units(copy), strict=True):
-        targets = dict(own_weights(whole))
-        trained = [name for name, weight in own_weights(part) if weight.requires_grad]
-        if not trained:
+        targets, weights = dict(own_weights(whole)), dict(own_weights(part))
+        trained = [name for name, weight in weights.items() if weight.requires_grad]
+        if len(trained) < len(weights) and not frozen:
+            found = gathered([weights[name] for name in trained], copy.head_weight.dtype)  # type: ignore[misc]
+            for name, tensor in zip(trained, found, strict=True):
+                targets[name].copy_(tensor)
             continue
         assert isinstance(part, FSDPModule)
         part.unshard()
-        gathered = dict(own_weights(part))
-        for name in trained:
-            targets[name].copy_(gathered[name])
+        for name, weight in own_weights(part):
+            targets[name].copy_(weight)
         part.reshard()
+
+
+def gathered(weights: Sequence[DTensor], dtype: torch.dtype) -> list[Tensor]:
+    """Matrices in shards of their rows, whole and in `dtype`: all of them by one all-gather, and nothing else of their unit."""
+    if not weights:
+        return []
+    group = weights[0].device_mesh.get_group("shard")
+    rows = [-(-weight.shape[0] // group.size()) for weight in weights]  # of a shard; the last ones may have fewer, and are filled up
+    shards = [weight.to_local().to(dtype) for weight in weights]
+    mine = torch.cat([F.pad(shard, (0, 0, 0, most - len(shard))).flatten() for shard, most in zip(shards, rows, strict=True)])
+    everyones = mine.new_empty(group.size(), mine.numel())
+    dist.all_gather([*everyones], mine, group=group)
+    parts = everyones.split([most * weight.shape[1] for weight, most in zip(weights, rows, strict=True)], dim=1)
+    return [part.reshape(-1, weight.shape[1])[: weight.shape[0]] for weight, part in zip(weights, parts, strict=True)]
 
 
 def release(model: Decoder) -> None:
@@ -103,13 +124,15 @@ def training_memory(sharded: Decoder) -> list[Tensor]:
     """Tensors of the size of what a step holds beside activations and a whole working copy of the weights: this rank's share of the
     gradients, of AdamW's moments, the root's unit and two layers while they are whole, and one gradient on its way in float32.
 
-    Moments count even where they exist already: the probe runs before the first update.
+    Moments count even where they exist already: the probe runs before the first update. What is frozen has neither.
     """
     if not is_sharded(sharded):
         return []
-    shards = [torch.empty_like(weight.to_local()) for weight in sharded.parameters() for _ in range(3) if isinstance(weight, DTensor)]
+    trained = [weight for weight in sharded.parameters() if weight.requires_grad and isinstance(weight, DTensor)]
+    shards = [torch.empty_like(weight.to_local()) for weight in trained for _ in range(3)]
     sizes = [sum(weight.numel() for _, weight in own_weights(unit)) for unit in units(sharded)]
+    reduced = [sum(weight.numel() for _, weight in own_weights(unit) if weight.requires_grad) for unit in units(sharded)]
     weight = next(sharded.parameters())
     *layers, root = sizes
     gathered = torch.empty(root + 2 * max(layers), dtype=weight.dtype, device=weight.device)
-    return [*shards, gathered, torch.empty(max(sizes), dtype=torch.float32, device=weight.device)]
+    return [*shards, gathered, torch.empty(max(reduced), dtype=torch.float32, device=weight.device)]

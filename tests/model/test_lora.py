@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from bcr.assemble import assemble
 from bcr.learner.step import OptimizerConfig
 from bcr.model import Decoder, load_pretrained, save_pretrained
 from bcr.model.adapter_files import under_peft_names
@@ -19,8 +18,6 @@ from bcr.model.attention import PackedAttention
 from bcr.model.lora import TARGETS, LoraLinear
 from bcr.model.lora_config import LoraConfig, adapt
 from bcr.model.weights import FUSED, under_their_names
-from bcr.runtime.config import compose
-from bcr.runtime.schema import TrainConfig
 
 SOME = ["up_proj", "v_proj", "q_proj"]
 FAMILIES = {"qwen3": {}, "qwen2": {"qk_norm": False, "qkv_bias": True}}
@@ -208,14 +205,6 @@ def test_merging_in_bfloat16_rounds_once(make_decoder: Callable) -> None:
 def test_bad_settings_are_refused(config: LoraConfig, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         config.adapter(None)
-
-
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    config = compose("train", ["model.lora.rank=2"], TrainConfig)
-    with pytest.raises(ValueError, match=r"model\.lora trains on one process and torchrun started 2"):
-        assemble(config.model, config.data, config.dialect, 0, torch.device("cpu"))
 
 
 def test_adapters_that_do_not_fit_are_refused(make_decoder: Callable, tmp_path: Path) -> None:

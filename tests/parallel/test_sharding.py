@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bcr.learner import step as step_module
 from bcr.learner.learner import Learned, Learner
@@ -15,7 +15,7 @@ from bcr.learner.off_policy import OffPolicyConfig, Share
 from bcr.learner.packs import Example, Pack
 from bcr.learner.step import OptimizerConfig
 from bcr.model import Decoder, DecoderConfig
-from bcr.model.lora import Adapter, attach, initialise
+from bcr.model.lora import Adapter, adapted_layers, attach, initialise
 from bcr.parallel.ranks import Ranks
 from bcr.parallel.sharding import whole
 from bcr.records import Segment
@@ -41,6 +41,7 @@ class Case:
 
 
 TIED = {"tie_word_embeddings": True}
+ADAPTER = Adapter(3, 6.0, ("q_proj", "v_proj", "up_proj", "down_proj"))  # of rank 3, which ranks cannot share evenly
 CASES = {
     "untied": Case(),
     "tied, recomputed, idle ranks": Case(model=TIED, recompute=True, idle=True, loss=LossConfig(aggregation="problem-mean")),
@@ -51,7 +52,10 @@ CASES = {
     "experts": Case(model={"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 8}, idle=True),
     "float32": Case(dtype=torch.float32),
     "float32, tied": Case(dtype=torch.float32, model=TIED, recompute=True),
-    "adapters": Case(adapter=Adapter(2, 4.0, ("q_proj", "v_proj", "up_proj"))),
+    "adapters": Case(adapter=ADAPTER),
+    "adapters, kl, idle ranks": Case(model=TIED, recompute=True, idle=True, loss=LossConfig(kl_coef=0.1), adapter=ADAPTER),
+    "adapters, float32": Case(dtype=torch.float32, adapter=ADAPTER, loss=LossConfig(importance_cap=1.2), updates=2),
+    "adapters, bfloat16": Case(dtype=torch.bfloat16, adapter=ADAPTER),
     "bfloat16": Case(dtype=torch.bfloat16),
     "nothing live": Case(live=False),
     "poisoned": Case(poisoned=(2, 3, 7)),
@@ -64,6 +68,8 @@ def decoder(case: Case) -> Decoder:
     model = Decoder(config).init_weights(0, std=0.2).to(case.dtype)
     if case.adapter is not None:
         initialise(attach(model, case.adapter), 1)
+        for layer in adapted_layers(model).values():
+            nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(2))
     model.activation_checkpointing = case.recompute
     return model
 
@@ -157,17 +163,32 @@ def found_room(ranks: Ranks) -> tuple[int, str]:
     return learner.pack_tokens, str(said.value)
 
 
+def check_publishing(ranks: Ranks, shard_size: int | None) -> None:
+    """At first everything is written, later adapters alone: what is spoilt of the frozen weights stays so."""
+    model, untouched = decoder(CASES["adapters"]), decoder(CASES["adapters"])
+    learner = Learner(model, OptimizerConfig(), LossConfig(), OffPolicyConfig(), 1.0, CPU, ranks, ranks.mesh(shard_size))
+    for first in (True, False):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.fill_(7.0)
+        learner.publish()
+        for weight, before in zip(model.parameters(), untouched.parameters(), strict=True):
+            assert torch.equal(weight, before if first or before.requires_grad else torch.full_like(before, 7.0))
+
+
 def outcomes(ranks: Ranks, names: list[str], shard_size: int | None = None) -> bytes:
     """Pickled here, by value: a pipe would send handles of tensors that end with this process."""
     found = {name: outcome(CASES[name], ranks, shard_size) for name in names}
+    if ranks.size > 1:
+        check_publishing(ranks, shard_size)
     return pickle.dumps((found, found_room(ranks) if ranks.size > 1 else None))
 
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of gradients, relative to their norm
 
 
-def compare(found: Outcome, wanted: Outcome, dtype: torch.dtype) -> None:
-    tolerance = TOLERANCE[dtype]
+def compare(found: Outcome, wanted: Outcome, case: Case) -> None:
+    dtype, tolerance = case.dtype, TOLERANCE[case.dtype]
     for mine, theirs in zip(found.learned, wanted.learned, strict=True):
         assert (mine.num_live, mine.skipped, mine.culprits) == (theirs.num_live, theirs.skipped, theirs.culprits)
         assert mine.sums == pytest.approx(theirs.sums, rel=10 * tolerance, abs=10 * tolerance, nan_ok=True)
@@ -180,7 +201,8 @@ def compare(found: Outcome, wanted: Outcome, dtype: torch.dtype) -> None:
     assert (found.weights - wanted.weights).double().norm() <= 30 * tolerance * way  # AdamW divides a small gradient by its own size
     assert torch.equal(found.copies[-1], found.weights.to(dtype))
     assert torch.equal(found.copies[0], wanted.copies[0])
-    assert found.dtypes == {torch.promote_types(dtype, torch.float32)}
+    frozen = {dtype} if case.adapter else set()
+    assert found.dtypes == {torch.promote_types(dtype, torch.float32)} | frozen
 
 
 def check(size: int, names: list[str], shard_size: int | None = None) -> None:
@@ -189,7 +211,7 @@ def check(size: int, names: list[str], shard_size: int | None = None) -> None:
         of_cases, room = pickle.loads(of_rank)
         assert room == (16, "cpu has no room for one rollout of 30 tokens; lower bundles.budget, or sampling.cache_mb for more room.")
         for name, found in of_cases.items():
-            compare(found, alone[name], CASES[name].dtype)
+            compare(found, alone[name], CASES[name])
 
 
 def test_two_ranks_learn_what_one_does() -> None:
@@ -201,6 +223,9 @@ def test_four_ranks_learn_what_one_does() -> None:
     check(4, list(CASES))
 
 
+HYBRID = ("untied", "tied, recomputed", "kl and", "float32", "bfloat16", "poisoned", "adapters")
+
+
 @pytest.mark.slow
 def test_groups_of_shards_learn_what_one_does() -> None:
-    check(4, ["untied", "tied, recomputed, idle ranks", "kl and importance", "float32", "bfloat16", "poisoned"], shard_size=2)
+    check(4, [name for name in CASES if name.startswith(HYBRID)], shard_size=2)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from bcr import train as program
 from bcr.model import load_pretrained
@@ -80,6 +82,10 @@ def cut_off(run: Path, place: Path) -> Path:
 
 
 def test_two_ranks_are_the_same_run(one: Path, two: Path) -> None:
+    are_the_same_run(one, two)
+
+
+def are_the_same_run(one: Path, two: Path) -> None:
     """The rollouts of the first step to the last bit: what is sampled, its verdicts and its advantages."""
     first, second = (read(folder / "metrics.jsonl") for folder in (one, two))
     assert len(first) == len(second) == 4
@@ -105,6 +111,27 @@ def test_another_number_of_ranks_resumes(before: int, after: int, one: Path, two
     assert f"written by {before} ranks, read by {after}" in (tmp_path / "said.txt").read_text()
     for left, right in zip(read(one / "metrics.jsonl"), read(again / "metrics.jsonl"), strict=True):
         close(left, right, 1e-3)
+
+
+def test_adapters_are_the_same_run_on_two_ranks(tmp_path: Path) -> None:
+    """With the reference of a KL term; resumed bit for bit; from one rank to two and back; the same files, and state for adapters alone."""
+    lora = ["model.lora.rank=3", "optimizer.lr=0.001", "loss.kl_coef=0.1"]  # of rank 3, which two ranks cannot share evenly
+    one, two = (train(ranks, tmp_path / str(ranks) / "run", *lora) for ranks in (1, 2))
+    are_the_same_run(one, two)
+    folders = [folder / "checkpoints" / "latest" / "adapter" for folder in (one, two)]
+    assert len({(folder / "adapter_config.json").read_text() for folder in folders}) == 1
+    left, right = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert left.keys() == right.keys()
+    assert all((left[name] - right[name]).abs().max() < 1e-4 for name in left)
+    assert any(tensor.abs().max() > 1e-3 for name, tensor in right.items() if "lora_B" in name), "they have learnt"
+    names = FileSystemReader(two / "checkpoints" / "latest" / "training").read_metadata().state_dict_metadata
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in names if name.startswith("optimizer.")} == {"lora_A", "lora_B"}
+    again = train(2, cut_off(two, tmp_path / "again"), *lora)
+    assert files(again) == files(two)
+    for before, after in ((one, 2), (two, 1)):
+        across = train(after, cut_off(before, tmp_path / f"to {after}"), *lora)
+        for step, other in zip(read(one / "metrics.jsonl"), read(across / "metrics.jsonl"), strict=True):
+            close(step, other, 1e-3)
 
 
 @pytest.mark.slow

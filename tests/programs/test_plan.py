@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,11 @@ def test_adapters_are_planned_for_a_small_gpu():
     assert plan.load.trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     with pytest.raises(ValueError, match="the run needs"):
         planned("experiment=qwen3_0.6b_lora", "+gpu=rtx_4090", "model.lora.rank=null", "model.lora.alpha=null")
+    alone, on_four = (memory(plan.shape, replace(plan.load, devices=count, shard=count)) for count in (1, 4))
+    assert on_four["masters"] == pytest.approx(alone["masters"] / 4)
+    frozen = sum(weight.numel() for weight in model.parameters() if not weight.requires_grad)
+    assert on_four["frozen shards"] == pytest.approx(2 * frozen / 4)
+    assert on_four["sampler copy"] == alone["weights"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
