@@ -66,13 +66,13 @@ def least_flop(config: DecoderConfig) -> dict[str, float]:
     return {"sampling": sampling, "learning": learning}
 
 
-def ours(steps: int) -> dict[str, Any]:
-    """Median seconds by phase; the first step warms up."""
+def ours(steps: int) -> tuple[dict[str, Any], float]:
+    """Median seconds by phase, and the peak of the resident set in bytes; the first step warms up."""
     model, cpu = small_qwen3(), torch.device("cpu")
     sampler = Sampler(model)
     learner = Learner(model, OptimizerConfig(pack_tokens=4096), LossConfig(aggregation="token-mean"), OffPolicyConfig(), 1.0, cpu)
     requests = [Request(str(number), prompt, NEW) for number, prompt in enumerate(prompts())]
-    clock, phases = Clock(), list[dict[str, float]]()
+    clock, phases, peak = Clock(), list[dict[str, float]](), _resident_peak()
     for step in range(steps + 1):
         with clock("sampling"):
             groups = sampler.generate(requests, SamplingParams(1.0, GROUP, (NO_STOP,), seed=step))
@@ -88,10 +88,11 @@ def ours(steps: int) -> dict[str, Any]:
             sampler.on_weights_changed()
         assert learned.num_live == PROMPTS * GROUP
         phases.append({name.removeprefix("seconds_"): value for name, value in clock.seconds.items()})
-    return {phase: statistics.median(step[phase] for step in phases[1:]) for phase in phases[0]}
+        peak = max(peak, _resident_peak(), *(int(held * 2**20) for held in clock.peaks.values()))  # the clock sets the mark back
+    return {phase: statistics.median(step[phase] for step in phases[1:]) for phase in phases[0]}, peak
 
 
-def trl(steps: int, micro_batch: int = PROMPTS * GROUP) -> dict[str, Any]:
+def trl(steps: int, micro_batch: int = PROMPTS * GROUP) -> tuple[dict[str, Any], float]:
     """The same by TRL's GRPOTrainer: transformers' generate, learning in passes of `micro_batch` rollouts. The median of whole steps."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -144,7 +145,7 @@ def trl(steps: int, micro_batch: int = PROMPTS * GROUP) -> dict[str, Any]:
             callbacks=[Watch()],
         )
         trainer.train()
-    return {"step": statistics.median(after - before for before, after in zip(Watch.ends, Watch.ends[1:], strict=False))}
+    return {"step": statistics.median(after - before for before, after in zip(Watch.ends, Watch.ends[1:], strict=False))}, _resident_peak()
 
 
 def compare(repeats: int, micro_batch: int) -> dict[str, Any]:
@@ -178,8 +179,7 @@ def main(library: str, *arguments: str) -> None:
     """The last line: median seconds, the peak of the resident set in bytes, and the matmul rate measured in the same process."""
     options = {name: int(value) for name, value in (argument.split("=") for argument in arguments)}
     settle_in(None)
-    seconds = {"ours": ours, "trl": trl}[library](**{"steps": 2, **options})
-    peak_bytes = _resident_peak()
+    seconds, peak_bytes = {"ours": ours, "trl": trl}[library](**{"steps": 2, **options})
     peak = matmul_peak("cpu", torch.float32)
     print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes, "matmul_peak": peak}))
 

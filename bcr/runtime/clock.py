@@ -1,4 +1,4 @@
-"""Seconds by phase, and on CUDA the most memory that a phase took."""
+"""Seconds by phase, and the most memory that a phase took."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from contextlib import contextmanager
 
 import torch
 
+from bcr.runtime import resident
+
 
 class Clock:
     """`with clock("sampling"): ...` sets `clock.seconds["seconds_sampling"]`, the wall time of that block when it last ran.
 
-    Where CUDA is, also `clock.peaks["peak_mb_sampling"]`: the most that tensors took at once in it, those that were there before included.
+    And `clock.peaks["peak_mb_sampling"]`, MiB: where CUDA is, the most that tensors took on it at once in that block; else the highest
+    resident set of this process in it, and nothing where the system does not tell. What was there before is included. Phases do not nest.
     """
 
     def __init__(self) -> None:
@@ -24,8 +27,9 @@ class Clock:
         on_cuda = torch.cuda.is_available()
         if on_cuda:
             torch.cuda.reset_peak_memory_stats()
+        told = on_cuda or resident.restart_peak()
         begun = time.perf_counter()
         yield
         self.seconds[f"seconds_{phase}"] = time.perf_counter() - begun
-        if on_cuda:
-            self.peaks[f"peak_mb_{phase}"] = torch.cuda.max_memory_allocated() / 2**20
+        if told:
+            self.peaks[f"peak_mb_{phase}"] = torch.cuda.max_memory_allocated() / 2**20 if on_cuda else resident.peak_mb()

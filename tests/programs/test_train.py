@@ -104,7 +104,12 @@ def test_checkpoints_come_at_every_k_steps_and_at_the_end(tmp_path):
     assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000002", "step-000003"]
     load_pretrained(tmp_path / "checkpoints" / "step-000003")
     assert any((tmp_path / "tensorboard").iterdir())
-    assert len(read(tmp_path / "timings.jsonl")) == 3
+    timings = read(tmp_path / "timings.jsonl")
+    assert len(timings) == 3
+    phases = {"sampling", "grading", "exchanging", "resampling", "learning"}
+    assert {f"seconds_{phase}" for phase in phases} <= set(timings[0])
+    if sys.platform == "linux":
+        assert all(step[f"peak_mb_{phase}"] > 1 for step in timings for phase in phases)
     rollouts = read(tmp_path / "rollouts.jsonl")
     assert [record["kind"] for record in rollouts if record["step"] == 1] == ["best", "best", "worst", "worst"]
     assert all(sum(segment["tokens"] for segment in record["segments"]) == record["tokens"] for record in rollouts)

@@ -1,19 +1,23 @@
-"""Seconds of a phase everywhere, and where CUDA is (here a stand-in) the peak of that phase alone."""
+"""Seconds of a phase, and the peak of that phase alone: of the resident set, or where CUDA is (here a stand-in) of its tensors."""
+
+import mmap
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from bcr.runtime import resident
 from bcr.runtime.clock import Clock
 
 
-def test_phases(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    with clock("grading"):
-        pass
-    assert set(clock.seconds) == {"seconds_grading"}
-    if not torch.cuda.is_available():
-        assert clock.peaks == {}
-    peak = [3 * 2**30]
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_phases_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, peak = Clock(), [3 * 2**30]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 0))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
@@ -22,5 +26,27 @@ def test_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     with clock("learning"):
         peak[0] = 7 * 2**20
     assert clock.peaks == {"peak_mb_sampling": 5.0, "peak_mb_learning": 7.0}
-    assert set(clock.seconds) == {"seconds_grading", "seconds_sampling", "seconds_learning"}
+    assert set(clock.seconds) == {"seconds_sampling", "seconds_learning"}
     assert all(seconds >= 0 for seconds in clock.seconds.values())
+
+
+@pytest.mark.usefixtures("no_cuda")
+@pytest.mark.skipif(sys.platform != "linux", reason="the mark of the resident set is Linux'")
+def test_a_phase_has_its_own_peak_and_not_that_of_the_one_before() -> None:
+    clock, held = Clock(), 128
+    with clock("sampling"), mmap.mmap(-1, held << 20) as memory:  # not malloc, which may keep what is freed
+        memory.write(b"1" * (held << 20))
+    with clock("grading"):
+        pass
+    assert set(clock.peaks) == {"peak_mb_sampling", "peak_mb_grading"}
+    assert clock.peaks["peak_mb_sampling"] - clock.peaks["peak_mb_grading"] > 0.9 * held
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_where_the_system_does_not_tell_there_is_no_peak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(resident, "RESET", tmp_path / "no_such_folder" / "clear_refs")
+    clock = Clock()
+    with clock("sampling"):
+        pass
+    assert set(clock.seconds) == {"seconds_sampling"}
+    assert clock.peaks == {}
