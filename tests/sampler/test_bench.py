@@ -6,9 +6,11 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from bench import nano_vllm
 from bench import sampler as bench
 from bench._sampler_work import decoder, grouped
 
@@ -46,6 +48,28 @@ def test_a_case_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     work, n = grouped(1, 4, 96, random.Random(0))
     options = {"device": "cpu", "repeats": 1, "peers": 2, "peer_batch": 1, "limit_s": 1}
     assert bench.case("groups", bench.Watched(decoder("tiny", "cpu")), work, n, 1.0, options, "")["case"] == "groups"
+
+
+def test_the_long_workload_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nano_vllm, "matmul_peak", lambda *_: 1e12)
+    monkeypatch.setattr(nano_vllm, "copy_rate", lambda *_: 1e11)
+    monkeypatch.setattr(nano_vllm, "settle_in", lambda _: None)
+    file = tmp_path / "found.json"
+    work = {"shape": "tiny", "requests": "3", "shortest": "3", "longest": "6", "peer_batch": "2", "results": str(file)}
+    with monkeypatch.context() as patch:
+        patch.setattr(nano_vllm, "time", SimpleNamespace(perf_counter=iter([0, 1, 2, 100]).__next__))
+        first = nano_vllm.main(**work, seconds="50")  # it is 100 when the last part would begin
+    assert set(first["parts"]) == {"bcr.sampler", "generate 1"}
+    assert "ratio" not in first["table"]
+    second = nano_vllm.main(**work)
+    assert set(second["parts"]) == {"bcr.sampler", "generate 1", "generate 2"}
+    assert {name: second["parts"][name] for name in first["parts"]} == first["parts"]
+    rows = second["table"]
+    assert rows["bcr.sampler"]["tokens"] == rows["generate"]["tokens"]
+    assert rows["ratio"] == pytest.approx(rows["generate"]["seconds"] / rows["bcr.sampler"]["seconds"])
+    assert json.loads(file.read_text()) == second
+    with pytest.raises(ValueError, match="are of other work"):
+        nano_vllm.main(**work | {"requests": "4"})
 
 
 @pytest.mark.slow
