@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -31,16 +32,25 @@ def eager(work: Work) -> Work:
 
 
 class CudaCapture:
-    """capture(work) -> replay. All share one memory pool: they run one after the other, and what they leave lies in static buffers."""
+    """capture(work) -> replay. All share one memory pool: they run one after the other, and what they leave lies in static buffers.
+
+    After the last of them is gone a new one starts a new pool: torch's allocator refuses a pool that no graph holds any more while
+    something of it is in use, as the matrix library's workspace of the capturing stream is. That stream is this object's own: in newer
+    versions of torch a graph that goes takes its stream's workspace along, and another sampler's graphs must not be working in it.
+    """
 
     def __init__(self) -> None:
-        self.pool: Any = None
+        self.alive: WeakSet[Any] = WeakSet()
+        self.stream: Any = None
 
     def __call__(self, work: Work) -> Work:
+        self.stream = self.stream or torch.cuda.Stream()
+        pool = next((graph.pool() for graph in self.alive), None)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # a checkpoint may be written meanwhile
+        mode = "thread_local"  # a checkpoint may be written meanwhile
+        with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode=mode):
             work()
-        self.pool = graph.pool()
+        self.alive.add(graph)
         return graph.replay
 
 

@@ -80,6 +80,19 @@ def test_weights_that_change_in_place_need_no_new_graph(make_decoder) -> None:
         assert [(r.token_ids, r.logprobs) for r in ours] == [(r.token_ids, r.logprobs) for r in theirs]
 
 
+def test_graphs_are_captured_anew_where_the_old_ones_are_gone(make_decoder) -> None:
+    """With the cache, and for a longer list of stop tokens; another sampler's graphs stay valid beside it."""
+    model = make_decoder().to("cuda", torch.bfloat16)
+    sampler, other = Sampler(model, cache_mb=64), Sampler(model, cache_mb=64)
+    many = SamplingParams(0.9, n=8, stop_token_ids=tuple(range(1, 20)), seed=4)
+    first, beside = sampler.generate(requests_of(4, 60, 20), PARAMS), other.generate(requests_of(4, 60, 20), many)
+    sampler.release_cache()
+    assert sampler.generate(requests_of(4, 60, 20), PARAMS) == first
+    assert sampler.generate(requests_of(4, 60, 20), many) == beside
+    del sampler
+    assert other.generate(requests_of(4, 60, 20), many) == beside
+
+
 @torch.no_grad()
 def test_logprobs_are_the_learners(model: Decoder) -> None:
     requests = requests_of(8)
