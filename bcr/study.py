@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import shutil
+import signal
 import time
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
@@ -28,6 +30,7 @@ from bcr.runtime.config import RunStopped, compose, launch
 from bcr.runtime.outputs import write_whole
 from bcr.runtime.progress import spoken
 from bcr.runtime.schema import TrainConfig
+from bcr.runtime.stop import ECHO, sigterm_interrupts
 from bcr.study_cell import BASE, RESULT, Cell, Measurement, differences, read_result, work
 
 MOST_CELLS = 25
@@ -159,7 +162,8 @@ def run(study: Study) -> None:
     failed = []
     try:
         if study.pending and not study.config.look:
-            failed = work_through(study)
+            with sigterm_interrupts():
+                failed = work_through(study)
     finally:
         conclude(study)
     if failed:
@@ -177,6 +181,9 @@ class Workers:
     def __post_init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["bcr.study_cell"])
+        hearing = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for the server, which tells of its children's ends: it must outlive them
+        multiprocessing.forkserver.ensure_running()
+        signal.signal(signal.SIGTERM, hearing)
 
     def start(self, cell: Cell) -> None:
         place = min(set(range(self.study.workers)) - {place for _, place in self.active.values()})
@@ -192,7 +199,15 @@ class Workers:
         return [self.active.pop(process)[0] for process in ended]
 
     def stop(self) -> None:
-        """Each finishes its step and writes a checkpoint."""
+        """Each finishes its step and writes a checkpoint.
+
+        The signal is sent twice: one that has only just begun does not hear the first, to the others the second is an echo.
+        """
+        until = time.monotonic() + ECHO / 2
+        for process in self.active:
+            process.terminate()
+        for process in self.active:
+            process.join(max(0.0, until - time.monotonic()))
         for process in self.active:
             process.terminate()
         for process in self.active:

@@ -75,7 +75,7 @@ def work(cell: Cell, gpu: int | None = None) -> None:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
     cell.folder.mkdir(parents=True, exist_ok=True)
-    with (cell.folder / "log.txt").open("a", buffering=1, encoding="utf-8") as log, StopRequest() as stop:
+    with (cell.folder / "log.txt").open("a", buffering=1, encoding="utf-8") as log, StopRequest(handed_on=True) as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the study passes it on, once, as SIGTERM
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,10 @@ STOPPED = 1
 
 class RunStopped(Exception):
     """A run ends itself, with one sentence for its user. What it has written stands."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, in a program that takes it as it takes Ctrl-C."""
 
 
 def config_folder() -> Path:
@@ -72,8 +77,10 @@ def launch(
         fail(name, f"stopped: {error}", STOPPED)
     except OSError as error:
         fail(name, f"stopped: {one_sentence(error)} What was written before stands, the last checkpoint too.", STOPPED)
+    except Terminated:
+        fail(name, "terminated.", 128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        fail(name, "interrupted.", 130)
+        fail(name, "interrupted.", 128 + signal.SIGINT)
 
 
 def command_line(program: str) -> str:

@@ -1,28 +1,32 @@
-"""SIGTERM and Ctrl-C: finish the step, write a checkpoint, leave with exit code 0."""
+"""SIGTERM and Ctrl-C: a training finishes the step, writes a checkpoint and leaves with exit code 0; what waits for others is interrupted."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
-from bcr.runtime.config import first_here
+from bcr.runtime.config import Terminated, first_here
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-ECHO = 5.0  # seconds in which torchrun hands on to its processes what a terminal or a scheduler has sent to them already
+ECHO = 5.0  # seconds in which a parent hands on to its processes what a terminal or a scheduler has sent to them already
 
 
 class StopRequest:
     """A context manager under which the first SIGTERM or SIGINT sets `asked` instead of ending the process. The second interrupts.
 
-    Of the ranks of one machine the first speaks.
+    Of the ranks of one machine the first speaks. `handed_on`: the parent hands signals on, so that one may come twice within `ECHO`
+    seconds and is still one; None: where torchrun is the parent.
 
     Call it to know: `stop()` is True from the first signal on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, handed_on: bool | None = None) -> None:
+        self.handed_on = "LOCAL_RANK" in os.environ if handed_on is None else handed_on
         self.asked: str | None = None
         self._since = 0.0
         self._before: dict[int, Any] = {}
@@ -39,11 +43,24 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        under_torchrun = "LOCAL_RANK" in os.environ
         if self.asked is not None:
-            if under_torchrun and time.monotonic() - self._since < ECHO:
+            if self.handed_on and time.monotonic() - self._since < ECHO:
                 return
             raise KeyboardInterrupt
         self.asked, self._since = signal.Signals(number).name, time.monotonic()
         if first_here():
             print(f"{self.asked}: this step is finished and written, then the run ends. Once more ends it at once.", flush=True)
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`, as Ctrl-C raises KeyboardInterrupt. Of the main thread."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

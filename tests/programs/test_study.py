@@ -1,5 +1,6 @@
-"""A study in small: stopped by Ctrl-C in the middle, started again, and finished; what is done is never done again."""
+"""A study in small: stopped in the middle, started again, and finished; what is done is never done again."""
 
+import contextlib
 import json
 import os
 import signal
@@ -28,24 +29,45 @@ def study(folder: Path, *overrides: str) -> StudyConfig:
     return compose("study/study", [f"output={folder}", *SMALL, *overrides], StudyConfig)
 
 
-def interrupted(folder: Path) -> None:
-    """Start the study and press Ctrl-C, which all its processes hear, once its first cell has taken some steps."""
+def stopped(folder: Path, number: int, after: int, group: bool) -> int:
+    """Start the study and send it, or with `group` all its processes, a signal once its first cell has taken so many steps; its exit code.
+
+    Nothing of it is left running.
+    """
     command = [sys.executable, "-m", "bcr.study", f"output={folder}", *SMALL]
     metrics = folder / "cells" / "bcr" / "seed-0" / "metrics.jsonl"
     hearing = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, preexec_fn=hearing, start_new_session=True) as started:
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 5:
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < after:
             assert started.poll() is None
             time.sleep(0.02)
-        os.killpg(started.pid, signal.SIGINT)
-        assert started.wait(timeout=100) == 130
+        (os.killpg if group else os.kill)(started.pid, number)
+        code = started.wait(timeout=100)
+    until = time.monotonic() + 10
+    while (left := alive(started.pid)) and time.monotonic() < until:
+        time.sleep(0.05)
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    assert not left
+    return code
+
+
+def alive(session: int) -> list[int]:
+    """The processes of a session that have not ended."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _, _, its_session, *_ = file.read_text().rpartition(")")[2].split()
+            found += [int(file.parent.name)] if int(its_session) == session and state != "Z" else []
+    return found
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
+    """Stopped by SIGTERM, which the study alone hears, before it comes to its end."""
     folder = tmp_path_factory.mktemp("study")
-    interrupted(folder)
+    assert stopped(folder, signal.SIGTERM, after=5, group=False) == 143
     cut_off = folder / "cells" / "bcr" / "seed-0"
     assert (folder / "cells" / BASE / "seed-0" / "result.json").exists()
     assert not (cut_off / "result.json").exists()
@@ -59,6 +81,17 @@ def test_it_goes_on_where_it_was_stopped(folder):
     assert "resuming from" in (cell / "log.txt").read_text()
     assert [json.loads(line)["step"] for line in (cell / "metrics.jsonl").read_text().splitlines()] == list(range(1, 26))
     assert not (cell / "checkpoints").exists(), "weights are not kept"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_terminal_or_a_scheduler_may_tell_all_processes(number, code, tmp_path):
+    """And the study hands it on all the same: to a cell that is no second signal, which would end it at once."""
+    assert stopped(tmp_path, number, after=3, group=True) == code
+    cell = tmp_path / "cells" / "bcr" / "seed-0"
+    steps = len((cell / "metrics.jsonl").read_text().splitlines())
+    assert os.readlink(cell / "checkpoints" / "latest") == f"step-{steps:06d}"
+    assert "Traceback" not in (cell / "log.txt").read_text()
 
 
 def test_every_cell_leaves_what_the_analysis_needs(folder):
