@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a training finishes the step, writes a checkpoint and leaves with exit code 0; what waits for others is interrupted."""
+"""SIGTERM and Ctrl-C: a training finishes the step, writes a checkpoint and leaves with exit code 0; other programs are interrupted."""
 
 from __future__ import annotations
 
