@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from bcr.parallel.exchange import balanced
@@ -13,38 +13,57 @@ from bcr.records import Bundle, Problem, Rollout
 from bcr.sampler import Sampler, SamplingParams
 from bcr.separate_contexts import sample_chains
 from bcr.tasks.bundles import Stream, as_request
+from bcr.tasks.judging import Judged
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """Bundles of a step with their rollouts: those of one rank, at their `places` among all of the step."""
 
     places: list[int]
     bundles: list[Bundle]
     groups: list[list[Rollout]]
+    judged: list[list[Judged]] | None = None  # where that has been done ahead
 
 
 class RolloutStream:
     """`next()` gives this rank's part of a batch of `per_step` bundles, sampled with the weights as they were `staleness` calls ago.
 
     With staleness 0 that is: as they are. Otherwise the first call samples so many batches ahead, and each later call one, as a sampler
-    would that works beside the learner. Every rank takes the same bundles from the stream and samples some of them; as sampling is keyed by
-    bundle and sample, all ranks together have the same rollouts however many they are.
+    would that works beside the learner. With `samplers` it does: only the last so many ranks sample, in `ahead`, while the others learn
+    from what the last call gave; the first call alone finds nothing there. Every rank takes the same bundles from the stream and samples
+    some of them; as sampling is keyed by bundle and sample, all ranks together have the same rollouts however many they are.
 
     Its state, whole on the first rank: the cursors of the bundles, the policy version, the batches that wait.
     """
 
     def __init__(
-        self, bundles: Stream, sampler: Sampler, params: SamplingParams, per_step: int, staleness: int = 0, ranks: Ranks | None = None
+        self,
+        bundles: Stream,
+        sampler: Sampler,
+        params: SamplingParams,
+        per_step: int,
+        staleness: int = 0,
+        ranks: Ranks | None = None,
+        samplers: int = 0,
     ) -> None:
         self.bundles, self.sampler, self.params, self.per_step, self.staleness = bundles, sampler, params, per_step, staleness
-        self.ranks = ranks or Ranks.alone()
+        self.ranks, self.samplers = ranks or Ranks.alone(), samplers
         self.waiting: deque[Batch] = deque()
 
     def next(self) -> Batch:
-        while len(self.waiting) <= self.staleness:
-            self.waiting.append(self.sample(self.per_step))
+        self._fill(1 if self.samplers else self.staleness + 1)
         return self.waiting.popleft()
+
+    def ahead(self) -> list[Batch]:
+        """Sample what is to wait, with the weights as they are: nothing is left to do, unless `samplers` work beside the learner."""
+        return self._fill(self.staleness)
+
+    def _fill(self, count: int) -> list[Batch]:
+        """Sample until so many batches wait; the new ones."""
+        new = [self.sample(self.per_step) for _ in range(count - len(self.waiting))]
+        self.waiting.extend(new)
+        return new
 
     def sample(self, count: int) -> Batch:
         """This rank's part of the next `count` bundles, sampled now."""
@@ -59,11 +78,13 @@ class RolloutStream:
 
     def _own(self, bundles: Sequence[Bundle]) -> list[int]:
         """The places of this rank's bundles: the ranks' sums of budgets are nearly equal."""
-        rank_of = balanced([bundle.budget for bundle in bundles], self.ranks.size)
-        return [place for place, rank in enumerate(rank_of) if rank == self.ranks.rank]
+        sampling = self.samplers or self.ranks.size
+        rank_of = balanced([bundle.budget for bundle in bundles], sampling)
+        return [place for place, rank in enumerate(rank_of) if rank == self.ranks.rank - (self.ranks.size - sampling)]
 
     def state_dict(self) -> dict[str, Any]:
-        waiting = [as_plain(parts) for parts in zip(*self.ranks.gather_first(list(self.waiting)), strict=True)]
+        sampled = [replace(batch, judged=None) for batch in self.waiting]  # judging gives the same again
+        waiting = [as_plain(parts) for parts in zip(*self.ranks.gather_first(sampled), strict=True)]
         return {"bundles": self.bundles.state_dict(), "policy_version": self.sampler.policy_version, "waiting": waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

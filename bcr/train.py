@@ -1,13 +1,14 @@
 """`python -m bcr.train [key=value ...]`: Batched Contextual Reinforcement, the whole loop on one screen.
 
 bundles -> rollouts -> verdicts -> advantages -> shares of equal cost -> packs -> one optimizer step -> the sampler has the new weights.
-`torchrun --nproc_per_node=K -m bcr.train ...` is the same run on K ranks.
+`torchrun --nproc_per_node=K -m bcr.train ...` is the same run on K ranks; with `parallel.samplers=S` the last S of them sample for the
+next step while the others learn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from bcr.learner.packs import Example
 from bcr.learner.targets import MovingTargets
 from bcr.model.ops import implementations
 from bcr.parallel.exchange import learning_cost, on_every_rank, own_shares
+from bcr.parallel.handover import Handover
 from bcr.parallel.ranks import Ranks
-from bcr.rollouts import RolloutStream
+from bcr.rollouts import Batch, RolloutStream
 from bcr.runtime.checkpoints import Checkpoints
 from bcr.runtime.clock import Clock
 from bcr.runtime.config import RunStopped, as_plain, command_line, launch
@@ -53,6 +55,7 @@ class Run:
     rollouts: RolloutStream
     grader: GraderPool
     ranks: Ranks
+    handover: Handover
     mesh: DeviceMesh | None
     longest: int  # tokens of a rollout with its prompt
     resumption: Resumption | None
@@ -64,7 +67,22 @@ class Run:
     def sample(self, count: int) -> list[list[Judged]]:
         """`count` more groups, sampled and judged now, by all ranks."""
         batch = self.rollouts.sample(count)
-        return on_every_rank(batch.places, judge(batch.bundles, batch.groups, self.task.dialect, self.grader), self.ranks)
+        return on_every_rank(batch.places, self.judge(batch), self.ranks)
+
+    def judge(self, batch: Batch) -> list[list[Judged]]:
+        """This rank's part of a batch, judged now or ahead."""
+        if batch.judged is None:
+            batch.judged = judge(batch.bundles, batch.groups, self.task.dialect, self.grader)
+        return batch.judged
+
+    def sample_ahead(self, clock: Clock) -> None:
+        """Where the last ranks only sample: they sample and judge the next step's batch, with the weights as they are."""
+        if self.handover.samplers:
+            with clock("sampling"):
+                ahead = self.rollouts.ahead()
+            with clock("grading"):
+                for batch in ahead:
+                    self.judge(batch)
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -72,6 +90,10 @@ def prepare(config: TrainConfig) -> Run:
     for section in (config.reward, config.advantage, config.loss, config.optimizer, config.guards):
         section.check()
     config.off_policy.check(config.bundles.per_step)
+    if config.parallel.samplers and config.off_policy.staleness > 1:
+        raise ValueError(f"off_policy.staleness is {config.off_policy.staleness}; with parallel.samplers it is 1, so leave it out.")
+    if config.parallel.samplers:
+        config = replace(config, off_policy=replace(config.off_policy, staleness=1))
     counts = ("steps", "checkpoint_every", "keep_checkpoints")
     positive = {**{name: getattr(config, name) for name in counts}, "bundles.per_step": config.bundles.per_step}
     for name, value in positive.items():
@@ -80,7 +102,8 @@ def prepare(config: TrainConfig) -> Run:
     if config.bundles.resample_rounds < 0:
         raise ValueError(f"bundles.resample_rounds is {config.bundles.resample_rounds}; it must not be negative.")
     if config.bundles.resample_rounds and config.off_policy.staleness:
-        raise ValueError("bundles.resample_rounds replaces groups by fresh ones, which off_policy.staleness forbids; set one of them to 0.")
+        cause = "parallel.samplers" if config.parallel.samplers else "off_policy.staleness"
+        raise ValueError(f"bundles.resample_rounds replaces groups by fresh ones, which {cause} forbids; set one of them to 0.")
     if config.bundles.contexts == "separate" and config.loss.kind == "gspo":
         raise ValueError("loss.kind is 'gspo', whose ratio is that of one context; with bundles.contexts=separate choose clip or cispo.")
     if config.bundles.group < 2:
@@ -96,7 +119,8 @@ def prepare(config: TrainConfig) -> Run:
     if not config.parallel.timeout_s > 0:
         raise ValueError(f"parallel.timeout_s is {config.parallel.timeout_s}; it must be positive.")
     ranks = Ranks.start(config.device, config.parallel.timeout_s)
-    mesh = ranks.mesh(config.parallel.shard_size) if ranks.size > 1 else None
+    handover = Handover(ranks, config.parallel.samplers)
+    mesh = handover.learners.mesh(config.parallel.shard_size) if handover.learners.size > 1 else None
     with ranks.agreeing():
         check_trackers(config)
         resumption = find_resumption(config, ranks.size) if ranks.first else None
@@ -112,33 +136,37 @@ def prepare(config: TrainConfig) -> Run:
         longest = check_context(task, sizes, budget)
         task.model.invariant = config.sampling.invariant is True
         params = sampling_params(config.sampling, config.bundles.group, task.dialect, config.seed)
-        sampler, grader = build_sampler(task.model, config.sampling, learner=True), build_grader(config.grading)
-        rollouts = RolloutStream(bundles, sampler, params, config.bundles.per_step, config.off_policy.staleness, ranks)
+        sampler, grader = build_sampler(task.model, config.sampling, learner=handover.learns), build_grader(config.grading)
+        options = (config.bundles.per_step, config.off_policy.staleness, ranks, handover.samplers)
+        rollouts = RolloutStream(bundles, sampler, params, *options)
         if ranks.first and resumption is None:
             make_room(Path(config.output), config.overwrite)
         if ranks.first and task.excluded:
             write_lines(Path(config.output) / "excluded.jsonl", map(vars, task.excluded))
-    return Run(config, task, rollouts, grader, ranks, mesh, longest, resumption)
+    return Run(config, task, rollouts, grader, ranks, handover, mesh, longest, resumption)
 
 
 def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool] = lambda: False) -> None:
     """The loop. Everything it learns from is sampled in the same step (on-policy), unless `off_policy` says otherwise.
 
     `console` is told of every step and warning. Once `stop()` is true, on any rank, it ends early, with a checkpoint. Every rank runs these
-    lines; what they sample and learn is shared among them, and the first one speaks and writes.
+    lines; what they sample and learn is shared among them, and the first one speaks and writes. Where the last ones only sample, they have
+    no learner, and do their part of the next step while the others learn.
     """
-    config, task, ranks = run.config, run.task, run.ranks
+    config, task, ranks, handover, learners = run.config, run.task, run.ranks, run.handover, run.handover.learners
     options = (config.optimizer, config.loss, config.off_policy, config.sampling.temperature, ranks.device)
-    learner = Learner(task.model, *options, ranks, run.mesh)
+    learner = Learner(task.model, *options, learners, run.mesh) if handover.learns else None
     guards, clock = Guards(config.guards), Clock()
     has_signal = partial(differs_in_accuracy, advantage=config.advantage)
-    parts: dict[str, Stateful] = {"rollouts": run.rollouts, "learner": learner, "guards": guards}
+    parts: dict[str, Stateful] = {"rollouts": run.rollouts, "guards": guards}
+    if learner:
+        parts["learner"] = learner
     targets = MovingTargets(config.reward) if config.reward.moving else None
     if targets:
         parts["targets"] = targets
-    done, offsets = run.resumption.restore(learner, parts, ranks) if run.resumption else (0, {})
-    learner.publish()
-    if ranks.size > 1 and ranks.device.type == "cuda":
+    done, offsets = run.resumption.restore(learner, parts, ranks, learners) if run.resumption else (0, {})
+    handover.publish(learner, task.model)
+    if learner and learners.size > 1 and ranks.device.type == "cuda":
         learner.probe(run.longest)
     with (
         run.grader,
@@ -151,17 +179,22 @@ def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool]
             with clock("sampling"):
                 batch = run.rollouts.next()
             with clock("grading"):
-                groups = judge(batch.bundles, batch.groups, task.dialect, run.grader)
+                groups = run.judge(batch)
             with clock("exchanging"):  # from here on every rank has the whole step
                 judged = on_every_rank(batch.places, groups, ranks)
             with clock("resampling"):  # nothing, unless bundles.resample_rounds asks for it
                 replaced = replace_silent(judged, has_signal, run.sample, config.bundles.resample_rounds)
                 judged, bundles = replaced.groups, [group[0].bundle for group in replaced.groups]
-            with clock("learning"):
-                examples = make_examples(judged, config.advantage, config.reward, targets)
-                shares = own_shares(examples, config.off_policy.updates, partial(cost, learner), ranks)
-                learned = learner.learn_shares(shares, step - 1)
-                learner.publish()
+            examples = make_examples(judged, config.advantage, config.reward, targets)
+            learned: Learned | None = None
+            if learner:
+                with clock("learning"):
+                    shares = own_shares(examples, config.off_policy.updates, partial(cost, learner), learners)
+                    learned = learner.learn_shares(shares, step - 1)
+            run.sample_ahead(clock)  # nothing, unless parallel.samplers has ranks that sample while the others learn
+            learned = handover.meet(learned, clock)
+            with clock("publishing"):
+                handover.publish(learner, task.model)
                 run.sampler.on_weights_changed()
             metrics = step_metrics(replaced, learned)
             if targets:
@@ -182,8 +215,9 @@ def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool]
             ending = ranks.any(stop()) or guards.verdict or step == config.steps
             if ending or (config.checkpoint_every and step % config.checkpoint_every == 0):
                 card = model_card(f"{title(config)}, step {step}", command_line("train"), metrics, as_plain(config))
-                state = take_snapshot(step, learner, task.model, parts, files.offsets(), ranks)
-                checkpoints.save(step, partial(write_checkpoint, state, task.dialect, card))
+                state = take_snapshot(step, learner, task.model, parts, files.offsets(), ranks, learners)
+                if state:
+                    checkpoints.save(step, partial(write_checkpoint, state, task.dialect, card))
             if ending:
                 break
     if guards.verdict:
@@ -235,6 +269,7 @@ def machinery(run: Run) -> str:
     weight = model.embed_tokens.weight
     chosen = implementations(weight.device.type, weight.dtype, model.config.head_dim)
     place = f"{ranks.size} ranks, each {weight.device.type}" if ranks.size > 1 else weight.device.type
+    place += f", {run.handover.samplers} of them only sampling" if run.handover.samplers else ""
     return f"{place}, {str(weight.dtype).removeprefix('torch.')}; {chosen}"
 
 

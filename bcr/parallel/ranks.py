@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from bcr.runtime.config import RunStopped
 from bcr.runtime.host import choose_device
@@ -39,6 +39,8 @@ class Ranks:
         self._leaving = threading.Event()
         self._store: dist.Store | None = None
         self._watcher: threading.Thread
+        self.timeout = timedelta(minutes=30)
+        self.group: dist.ProcessGroup | None = None  # None: of all processes
         self.background: dist.ProcessGroup | None = None  # of a second thread, whose collectives must not mix with those of the first
 
     @classmethod
@@ -69,9 +71,10 @@ class Ranks:
             chosen = torch.device("cuda", local_rank)
             torch.cuda.set_device(chosen)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         ranks = cls(chosen, rank, size, local_rank, local_size)
-        ranks.background = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        ranks.timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group(backend, timeout=ranks.timeout)
+        ranks.background = dist.new_group(backend="gloo", timeout=ranks.timeout)
         ranks._watch()
         return ranks
 
@@ -80,24 +83,43 @@ class Ranks:
         """Whether this is the rank that speaks and writes."""
         return self.rank == 0
 
-    def mesh(self, shard_size: int | None = None) -> DeviceMesh:
-        """All ranks as ("shard",), or as ("replicate", "shard") where `shard_size` is less than all.
+    def first_ones(self, count: int) -> Ranks:
+        """The first `count` ranks among themselves, for collectives of their own; every rank calls it, and the others only know its `size`.
 
-        None: all ranks of one machine shard, and machines replicate (HSDP). ValueError for a `shard_size` that does not divide `size`.
+        Failing stays a matter of all.
         """
-        shard = self.local_size if shard_size is None else shard_size
+        if count == self.size:
+            return self
+        some = Ranks(self.device, self.rank, count, self.local_rank, self.local_size)
+        some.timeout = self.timeout
+        if count > 1:
+            some.group, some.background = self.subgroup(range(count)), self.subgroup(range(count), "gloo")
+        return some
+
+    def subgroup(self, members: Iterable[int], backend: str | None = None) -> dist.ProcessGroup:
+        """A process group of some ranks; every rank calls it. None: the backend of all."""
+        return dist.new_group(list(members), timeout=self.timeout, backend=backend)
+
+    def mesh(self, shard_size: int | None = None) -> DeviceMesh:
+        """All ranks as ("shard",), or as ("replicate", "shard") where `shard_size` is less than all. Of some ranks all of the run call it.
+
+        None: the ranks of one machine shard, and machines replicate (HSDP); where these are only some of the last machine's, groups of the
+        largest size at which none stretches over two machines. ValueError for a `shard_size` that does not divide `size`.
+        """
+        of_a_machine = self.size if self.size <= self.local_size else math.gcd(self.size, self.local_size)
+        shard = of_a_machine if shard_size is None else shard_size
         if shard < 1 or self.size % shard:
-            raise ValueError(f"parallel.shard_size is {shard}; it must divide the number of ranks, which is {self.size}.")
+            raise ValueError(f"parallel.shard_size is {shard}; it must divide the number of ranks that learn, which is {self.size}.")
         if shard == self.size:
-            return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("shard",))
-        return init_device_mesh(self.device.type, (self.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+            return DeviceMesh(self.device.type, range(self.size), mesh_dim_names=("shard",))
+        return DeviceMesh(self.device.type, torch.arange(self.size).view(-1, shard), mesh_dim_names=("replicate", "shard"))
 
     def gather(self, value: Value) -> list[Value]:
         """Every rank's value (anything that pickles), by rank, on every rank."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, self.group)
         return found
 
     def gather_first(self, value: Value) -> list[Value]:
@@ -105,7 +127,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] | None = [None] * self.size if self.first else None
-        dist.gather_object(value, found)
+        dist.gather_object(value, found, group=self.group)
         return found or []
 
     def broadcast(self, value: Value) -> Value:
@@ -113,7 +135,7 @@ class Ranks:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, group=self.group)
         return box[0]
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:

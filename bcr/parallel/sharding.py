@@ -72,21 +72,29 @@ def is_sharded(model: nn.Module) -> bool:
 def publish(sharded: Decoder, copy: Decoder, frozen: bool = False) -> None:
     """Write the weights of `sharded` that are trained, or with `frozen` all, into the whole `copy`, in its dtype and in place.
 
-    Every rank calls it. Unit by unit, so that no more than one of them is whole beside the copy; narrow weights travel narrow.
+    Every rank calls it.
     """
-    for part, whole in zip(units(sharded), units(copy), strict=True):
-        targets, weights = dict(own_weights(whole)), dict(own_weights(part))
-        trained = [name for name, weight in weights.items() if weight.requires_grad]
-        if len(trained) < len(weights) and not frozen:
-            found = gathered([weights[name] for name in trained], copy.head_weight.dtype)  # type: ignore[misc]
-            for name, tensor in zip(trained, found, strict=True):
-                targets[name].copy_(tensor)
-            continue
-        assert isinstance(part, FSDPModule)
-        part.unshard()
-        for name, weight in own_weights(part):
-            targets[name].copy_(weight)
-        part.reshard()
+    for weight, target in zip(streamed(sharded, frozen), streamed(copy, frozen), strict=True):
+        target.copy_(weight)
+
+
+def streamed(model: Decoder, frozen: bool = False) -> Iterator[Tensor]:
+    """The weights that are trained, or with `frozen` all, one by one, in an order that is the same for a whole decoder and its shards.
+
+    Of shards every rank goes through them to the end; each is whole, in the dtype of computing, until the next is asked for. They come unit by
+    unit, so that no more than one of them is whole at a time; narrow weights travel narrow.
+    """
+    for unit in units(model):
+        weights = dict(own_weights(unit))
+        wanted = [name for name, weight in weights.items() if frozen or weight.requires_grad]
+        if not isinstance(unit, FSDPModule):
+            yield from (weights[name].detach() for name in wanted)
+        elif len(wanted) < len(weights):
+            yield from gathered([weights[name] for name in wanted], model.head_weight.dtype)  # type: ignore[misc]
+        else:
+            unit.unshard()
+            yield from (weight.detach() for _, weight in own_weights(unit))
+            unit.reshard()
 
 
 def gathered(weights: Sequence[DTensor], dtype: torch.dtype) -> list[Tensor]:

@@ -21,7 +21,7 @@ from bcr.runtime.training_state import Stateful, Trained, read_plain, restore, v
 # What may differ between a run and its resumption: nothing that a step's result depends on.
 FREE = (
     *("output", "overwrite", "resume", "steps", "checkpoint_every", "keep_checkpoints", "logging.tensorboard", "logging.wandb"),
-    *("parallel.shard_size", "parallel.timeout_s"),  # as the number of ranks itself: of influence on the rounding alone
+    *("parallel.samplers", "parallel.shard_size", "parallel.timeout_s"),  # as the number of ranks: of influence on the rounding alone
 )
 
 
@@ -42,11 +42,13 @@ class Resumption:
         if before not in (None, here):
             raise ValueError(f"{self.checkpoint}: its weights were {before} and are {here} here; resume with the dtype it began with.")
 
-    def restore(self, learner: Trained, parts: Mapping[str, Stateful], ranks: Ranks) -> tuple[int, dict[str, int]]:
-        """Put everything back; the steps done, and where to cut the run's files."""
+    def restore(
+        self, learner: Trained | None, parts: Mapping[str, Stateful], ranks: Ranks, learners: Ranks | None = None
+    ) -> tuple[int, dict[str, int]]:
+        """Put everything back; the steps done, and where to cut the run's files. `learners`: where not all ranks have a learner."""
         if self.checkpoint is None:
             return 0, {}
-        restore(self.checkpoint, learner, parts, ranks)
+        restore(self.checkpoint, learner, parts, ranks, learners)
         return int(self.plain["step"]), dict(self.plain["offsets"])
 
 
@@ -75,7 +77,7 @@ def find_resumption(config: TrainConfig, ranks: int = 1) -> Resumption | None:
             except ValueError as error:
                 fault = str(error)
         if fault is None:
-            say(checkpoint, plain, faults, ranks)
+            say(checkpoint, plain, faults, ranks, config.parallel.samplers)
             point_latest_to(checkpoint)
             return Resumption(checkpoint, plain)
         faults.append(f"{checkpoint.name} cannot be used: {fault}")
@@ -85,12 +87,15 @@ def find_resumption(config: TrainConfig, ranks: int = 1) -> Resumption | None:
     return Resumption(None, {})
 
 
-def say(checkpoint: Path, plain: Mapping[str, Any], faults: list[str], ranks: int) -> None:
+def say(checkpoint: Path, plain: Mapping[str, Any], faults: list[str], ranks: int, samplers: int = 0) -> None:
     for fault in faults:
         print(f"{checkpoint.parent}: {fault}")
     print(f"resuming from {checkpoint}, after step {plain['step']}")
-    if plain["ranks"] != ranks:
-        print(f"{checkpoint}: written by {plain['ranks']} ranks, read by {ranks}; the run will be the same up to rounding.")
+    samplers_then = plain.get("samplers", 0)
+    if (plain["ranks"], samplers_then) != (ranks, samplers):
+        roles = [f", {count} of them samplers" if count else "" for count in (samplers_then, samplers)]
+        change = f"written by {plain['ranks']} ranks{roles[0]}, read by {ranks}{roles[1]}"
+        print(f"{checkpoint}: {change}; the run will be the same up to rounding.")
     if plain["versions"] != (here := versions()):
         print(f"{checkpoint}: written with {plain['versions']}, read with {here}; the run will not be the same to the last bit.")
 

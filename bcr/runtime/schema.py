@@ -106,6 +106,7 @@ class LoggingConfig:
 
 @dataclass
 class ParallelConfig:
+    samplers: int = 0
     shard_size: int | None = None
     timeout_s: float = 1800.0
 

@@ -61,16 +61,25 @@ class Snapshot:
 
 
 def take_snapshot(
-    step: int, learner: Trained, whole: Decoder, parts: Mapping[str, Stateful], offsets: Mapping[str, int], ranks: Ranks
-) -> Snapshot:
-    """The state after `step` steps; every rank takes part. `whole`: the learner's model, or the copy that the sampler reads of its shards.
+    step: int,
+    learner: Trained | None,
+    whole: Decoder,
+    parts: Mapping[str, Stateful],
+    offsets: Mapping[str, int],
+    ranks: Ranks,
+    learners: Ranks | None = None,
+) -> Snapshot | None:
+    """The state after `step` steps; every rank takes part. None on a rank that has no learner, where only some, the `learners`, have one.
 
-    `offsets`: bytes of the run's files so far, to which a resumed run cuts them.
+    `whole`: the learner's model, or the copy that the sampler reads of its shards. `offsets`: bytes of the run's files so far, to which a
+    resumed run cuts them.
     """
+    learners = learners or ranks
     plain = {
         "format": FORMAT,
         "step": step,
         "ranks": ranks.size,
+        "samplers": ranks.size - learners.size,
         "threads": torch.get_num_threads(),
         "versions": versions(),
         "dtype": str(whole.head_weight.dtype),
@@ -78,9 +87,11 @@ def take_snapshot(
         "random": ranks.gather_first(random_states()),
         "offsets": dict(offsets),
     }
+    if learner is None:
+        return None
     live = {**originals(learner), **optimizer_tensors(learner)}
     tensors = {name: tensor.to("cpu", copy=True) for name, tensor in sorted(live.items())}  # files do not tell whether a run was resumed
-    return Snapshot(tensors, ranks, copy_of(whole, tensors if whole is learner.model else {}) if ranks.first else None, plain)
+    return Snapshot(tensors, learners, copy_of(whole, tensors if whole is learner.model else {}) if ranks.first else None, plain)
 
 
 def copy_of(model: Decoder, originals: Mapping[str, Tensor]) -> Decoder:
@@ -126,12 +137,21 @@ def read_plain(checkpoint: Path) -> dict[str, Any]:
     return plain
 
 
-def restore(checkpoint: Path, learner: Trained, parts: Mapping[str, Stateful], ranks: Ranks) -> None:
-    """Put everything back; every rank takes part, and there may be other ranks than wrote it.
+def restore(checkpoint: Path, learner: Trained | None, parts: Mapping[str, Stateful], ranks: Ranks, learners: Ranks | None = None) -> None:
+    """Put everything back; every rank takes part, the `learners` alone with a learner, and there may be other ranks than wrote it.
 
     Only for a checkpoint of ours whose checksums hold (`checkpoint.damage`): its index is a pickle.
     """
     plain = read_plain(checkpoint)
+    if learner is not None:
+        restore_tensors(checkpoint, learner, learners or ranks)
+    for name, part in parts.items():
+        part.load_state_dict(plain["parts"][name])
+    if len(plain["random"]) == ranks.size:
+        restore_random_states(plain["random"][ranks.rank])
+
+
+def restore_tensors(checkpoint: Path, learner: Trained, ranks: Ranks) -> None:
     reader = dcp.FileSystemReader(checkpoint / FOLDER)
     places: dict[str, Tensor] = originals(learner)
     for name, entry in reader.read_metadata().state_dict_metadata.items():
@@ -148,10 +168,6 @@ def restore(checkpoint: Path, learner: Trained, parts: Mapping[str, Stateful], r
             weight.detach().copy_(owner)
         if found:  # placed as they were, and not by `load_state_dict`, which would cast them to the parameter's dtype
             learner.optimizer.state[owner] = found
-    for name, part in parts.items():
-        part.load_state_dict(plain["parts"][name])
-    if len(plain["random"]) == ranks.size:
-        restore_random_states(plain["random"][ranks.rank])
 
 
 @contextmanager
