@@ -101,6 +101,11 @@ def prepare(config: PlanConfig) -> Plan:
 
 def check_shards(config: PlanConfig) -> None:
     """As a run does at its start; in a comparison smaller numbers of GPUs shard over all of them."""
+    if config.parallel.samplers:
+        raise ValueError(
+            f"parallel.samplers is {config.parallel.samplers}; a plan is for GPUs that sample and learn in turn. What it gains at its best is "
+            "the last line of +scale=[...]; leave it out here."
+        )
     shard = config.parallel.shard_size
     if shard is None:
         return

@@ -168,6 +168,8 @@ def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool]
     handover.publish(learner, task.model)
     if learner and learners.size > 1 and ranks.device.type == "cuda":
         learner.probe(run.longest)
+    if learner and handover.samplers:
+        learner.drop_copy()
     with (
         run.grader,
         RunFiles(config, offsets, done, ranks.first) as files,
@@ -267,8 +269,8 @@ def machinery(run: Run) -> str:
     """One line that says on what the run computes, and by which implementation of each operation."""
     model, ranks = run.task.model, run.ranks
     weight = model.embed_tokens.weight
-    chosen = implementations(weight.device.type, weight.dtype, model.config.head_dim)
-    place = f"{ranks.size} ranks, each {weight.device.type}" if ranks.size > 1 else weight.device.type
+    chosen = implementations(ranks.device.type, weight.dtype, model.config.head_dim)
+    place = f"{ranks.size} ranks, each {ranks.device.type}" if ranks.size > 1 else ranks.device.type
     place += f", {run.handover.samplers} of them only sampling" if run.handover.samplers else ""
     return f"{place}, {str(weight.dtype).removeprefix('torch.')}; {chosen}"
 

@@ -103,6 +103,11 @@ class Learner:
             publish(self.model, self.whole, frozen=not self._published)
             self._published = True
 
+    def drop_copy(self) -> None:
+        """Free the sampler's copy, where other ranks sample: after `probe`, which needs it, and instead of `publish`."""
+        if self.model is not self.whole:
+            self.whole.to("meta")
+
     def probe(self, longest: int) -> None:
         """Lower `pack_tokens` to what fits into memory on every rank; `longest` is the longest rollout that can come.
 

@@ -81,8 +81,8 @@ def publish(sharded: Decoder, copy: Decoder, frozen: bool = False) -> None:
 def streamed(model: Decoder, frozen: bool = False) -> Iterator[Tensor]:
     """The weights that are trained, or with `frozen` all, one by one, in an order that is the same for a whole decoder and its shards.
 
-    Of shards every rank goes through them to the end; each is whole, in the dtype of computing, until the next is asked for. They come unit by
-    unit, so that no more than one of them is whole at a time; narrow weights travel narrow.
+    Of shards every rank goes through them to the end; each is whole, in the dtype of computing, until the next is asked for. They come unit
+    by unit, so that no more than one of them is whole at a time; narrow weights travel narrow.
     """
     for unit in units(model):
         weights = dict(own_weights(unit))

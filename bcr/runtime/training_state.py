@@ -27,6 +27,7 @@ from torch import Tensor
 from bcr.model import Decoder
 from bcr.model.lora import empty_twin
 from bcr.parallel.ranks import Ranks
+from bcr.parallel.sharding import publish
 from bcr.runtime.checkpoint import partial_of, save_checkpoint
 from bcr.tasks.dialect import Dialect
 
@@ -71,8 +72,8 @@ def take_snapshot(
 ) -> Snapshot | None:
     """The state after `step` steps; every rank takes part. None on a rank that has no learner, where only some, the `learners`, have one.
 
-    `whole`: the learner's model, or the copy that the sampler reads of its shards. `offsets`: bytes of the run's files so far, to which a
-    resumed run cuts them.
+    `whole`: the learner's model, or the copy that the sampler reads of its shards, on the meta device where other ranks sample.
+    `offsets`: bytes of the run's files so far, to which a resumed run cuts them.
     """
     learners = learners or ranks
     plain = {
@@ -91,7 +92,17 @@ def take_snapshot(
         return None
     live = {**originals(learner), **optimizer_tensors(learner)}
     tensors = {name: tensor.to("cpu", copy=True) for name, tensor in sorted(live.items())}  # files do not tell whether a run was resumed
-    return Snapshot(tensors, learners, copy_of(whole, tensors if whole is learner.model else {}) if ranks.first else None, plain)
+    return Snapshot(tensors, learners, whole_copy(learner.model, whole, tensors, ranks.first), plain)
+
+
+def whole_copy(trained: Decoder, whole: Decoder, tensors: Mapping[str, Tensor], first: bool) -> Decoder | None:
+    """The whole decoder on the CPU, for the first rank. Of shards of which no rank here keeps a whole copy it is gathered by all."""
+    if not whole.head_weight.is_meta:
+        return copy_of(whole, tensors if whole is trained else {}) if first else None
+    copy = empty_twin(whole).to(whole.head_weight.dtype)
+    publish(trained, copy.to_empty(device="cpu") if first else copy, frozen=True)  # into nothing, on the other ranks
+    copy.companions = whole.companions
+    return copy if first else None
 
 
 def copy_of(model: Decoder, originals: Mapping[str, Tensor]) -> Decoder:

@@ -123,6 +123,10 @@ def test_the_advice_helps():
         (["experiment=bcr_1.5b", "+gpus=0"], "gpus is 0"),
         (["experiment=bcr_1.5b", "+gpus=4", "parallel.shard_size=3"], "parallel.shard_size is 3; it must divide"),
         (["experiment=bcr_1.5b", "parallel.shard_size=0", "+scale=[2]"], "parallel.shard_size is 0; it must be"),
+        (
+            ["experiment=bcr_1.5b", "+gpus=4", "parallel.samplers=1"],
+            "parallel.samplers is 1; a plan is for GPUs that sample and learn in turn",
+        ),
         (["experiment=bcr_1.5b", "loss.kind=ppo"], "loss.kind"),
         (["bundles.budget=2000"], "the model's context is 1024"),
         (["model=folder", "model.path=no/such/folder"], "neither a folder nor a hub repository"),
