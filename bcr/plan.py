@@ -103,8 +103,8 @@ def check_shards(config: PlanConfig) -> None:
     """As a run does at its start; in a comparison smaller numbers of GPUs shard over all of them."""
     if config.parallel.samplers:
         raise ValueError(
-            f"parallel.samplers is {config.parallel.samplers}; a plan is for GPUs that sample and learn in turn. What it gains at its best is "
-            "the last line of +scale=[...]; leave it out here."
+            f"parallel.samplers is {config.parallel.samplers}; a plan is for GPUs that sample and learn in turn, so leave it out: "
+            "what sampling beside learning gains at its best is the last line of +scale=[...]."
         )
     shard = config.parallel.shard_size
     if shard is None:

@@ -42,7 +42,8 @@ SMALL = {  # what makes a run short without changing what it does
     "demo": ["steps=1", "problems=12", "rival_problems=12", "sizes=[1,3]", "threads=1"],
 }
 ELSEWHERE = "device=cuda|bcr.report|bcr.results|bcr.study"  # lines that need a GPU, and those that have tests of their own
-PROGRAM_LINES, SCRIPT_LINES = r"-m bcr\.[^\n`]*", r"python (?:-m pytest )?(?!-m)[\w/.]+\.?[^\n`]*"
+TORCHRUN_LINES = r"torchrun --nproc_per_node=\d [^\n`]*"
+PROGRAM_LINES, SCRIPT_LINES = r"(?<!nproc_per_node=\d )-m bcr\.[^\n`]*", r"python (?:-m pytest )?(?!-m)[\w/.]+\.?[^\n`]*"
 
 
 def commands(pattern: str) -> list[str]:
@@ -93,8 +94,8 @@ def test_every_program_line_runs(command, outputs, capsys):
 
 
 @pytest.mark.slow
-def test_the_line_with_torchrun_runs(outputs):
-    (line,) = [line for line in commands(r"torchrun [^\n`]*") if "nproc_per_node=2 " in line]
+@pytest.mark.parametrize("line", commands(TORCHRUN_LINES))
+def test_every_line_with_torchrun_runs(line, outputs):
     words = [*shlex.split(line, comments=True)[1:], *SMALL["train"]]
     subprocess.run([sys.executable, "-m", "torch.distributed.run", *words], check=True, timeout=200)
 
@@ -145,7 +146,7 @@ def test_links_lead_somewhere():
 
 def test_no_command_in_the_documents_goes_untested():
     """An indented line that begins like a command is one of those above, or installs something (see test_install.py)."""
-    known = (PROGRAM_LINES, SCRIPT_LINES, r"make [a-z-]+", r"-m bench\.\w+", r"pip install")
+    known = (PROGRAM_LINES, TORCHRUN_LINES, SCRIPT_LINES, r"make [a-z-]+", r"-m bench\.\w+", r"pip install")
     for file in DOCUMENTS:
         for line in re.findall(r"^ {4}((?:python|torchrun|make|pip|bash|\w+=\S+ python) .*)$", file.read_text(), re.MULTILINE):
             assert any(re.search(pattern, line) for pattern in known), f"{file.name}: {line}"
