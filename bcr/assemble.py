@@ -15,8 +15,9 @@ from bcr.model import Decoder, DecoderConfig, load_pretrained
 from bcr.model.huggingface import read_config, resolve, stop_token_ids
 from bcr.model.lora_config import adapt
 from bcr.records import Problem
-from bcr.runtime.config import config_folder, first_here, typed
+from bcr.runtime.config import config_folder, typed
 from bcr.runtime.schema import BundleConfig, DataConfig, DialectConfig, GradingConfig, ModelConfig, RandomModel, SamplingConfig
+from bcr.runtime.stop import first_here
 from bcr.sampler import Sampler, SamplingParams
 from bcr.tasks.arithmetic import ArithmeticDialect, ArithmeticProblems
 from bcr.tasks.arrangement import ArrangedBundles

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bcr.analysis.costs import DECODE_EFFICIENCY, GIB, LEARNING_MFU, Device, Load, kv_bytes, memory, parameters, peak, seconds, slots
+from bcr.analysis.costs import DECODE_EFFICIENCY, GIB, GPUS, LEARNING_MFU, Device, Load, kv_bytes, memory, parameters, peak, seconds, slots
 from bcr.analysis.scaling import Fabric, remedies, rows, shard_of_a_node, stop
 from bcr.assemble import model_folder
 from bcr.model import DecoderConfig
@@ -22,14 +22,6 @@ from bcr.runtime.config import launch
 from bcr.runtime.schema import ModelConfig, TrainConfig
 from bcr.tasks.bundles import Budget
 
-GPUS = {  # from the vendors' data sheets: GiB, dense bfloat16 TFLOP/s, TB/s
-    "h100": Device(),
-    "h200": Device("H200-141GB", 140.0, 989.0, 4.8),
-    "a100": Device("A100-80GB", 79.0, 312.0, 2.04),
-    "a100_40": Device("A100-40GB", 39.5, 312.0, 1.56),
-    "rtx_pro_6000": Device("RTX PRO 6000 Blackwell", 95.0, 500.0, 1.79),
-    "rtx_4090": Device("RTX 4090", 23.6, 165.0, 1.01),
-}
 KNOWN = {  # config.json of the recipes' checkpoints
     "hbx/JustRL-DeepSeek-1.5B": DecoderConfig(
         vocab_size=151_936, head_dim=128, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,

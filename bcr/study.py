@@ -26,11 +26,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from bcr.analysis.study import summarise_study
 from bcr.analysis.study_tables import overview
 from bcr.report import write_report
-from bcr.runtime.config import RunStopped, compose, launch
+from bcr.runtime.config import compose, launch
 from bcr.runtime.outputs import write_whole
 from bcr.runtime.progress import spoken
 from bcr.runtime.schema import TrainConfig
-from bcr.runtime.stop import ECHO, sigterm_interrupts
+from bcr.runtime.stop import ECHO, RunStopped, sigterm_interrupts
 from bcr.study_cell import BASE, RESULT, Cell, Measurement, differences, read_result, work
 
 MOST_CELLS = 25

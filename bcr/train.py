@@ -30,7 +30,7 @@ from bcr.parallel.ranks import Ranks
 from bcr.rollouts import Batch, RolloutStream
 from bcr.runtime.checkpoints import Checkpoints
 from bcr.runtime.clock import Clock
-from bcr.runtime.config import RunStopped, as_plain, command_line, launch
+from bcr.runtime.config import as_plain, command_line, launch
 from bcr.runtime.console import Silence, StepConsole, TrainingConsole
 from bcr.runtime.guards import Guards
 from bcr.runtime.host import settle_in
@@ -38,7 +38,7 @@ from bcr.runtime.model_card import model_card
 from bcr.runtime.outputs import RunFiles, check_trackers, make_room, write_lines
 from bcr.runtime.resume import Resumption, find_resumption
 from bcr.runtime.schema import TrainConfig
-from bcr.runtime.stop import StopRequest
+from bcr.runtime.stop import RunStopped, StopRequest
 from bcr.runtime.training_state import Stateful, take_snapshot, write_checkpoint
 from bcr.sampler import Sampler
 from bcr.tasks.bundles import Budget, mixture

@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 
+from bcr.analysis.costs import GPUS
 from bcr.learner.losses import Denominators, LossConfig
 from bcr.learner.packs import Example, make_pack
 from bcr.learner.step import OptimizerConfig, optimizer_step
 from bcr.model import Decoder, DecoderConfig
-from bcr.plan import GPUS, KNOWN
 from bcr.records import Segment
 from bench._protocol import _reset_peak, _resident_peak, matmul_peak, seconds_of
+from bench._sampler_work import SHAPES
 
-QWEN3 = KNOWN["Qwen/Qwen3-0.6B"]
+QWEN3 = DecoderConfig(max_position_embeddings=40_960, **SHAPES["qwen3-0.6b"])
 LENGTHS = (4096, 3072, 2560, 2048, 1536, 1280, 1024, 768)  # of the rollouts of a pack, prompts included: 16,384 tokens
 PROMPT = 256
 

@@ -40,6 +40,16 @@ class Device:
     decoding: float = DECODE_EFFICIENCY
 
 
+GPUS = {  # from the vendors' data sheets: GiB, dense bfloat16 TFLOP/s, TB/s
+    "h100": Device(),
+    "h200": Device("H200-141GB", 140.0, 989.0, 4.8),
+    "a100": Device("A100-80GB", 79.0, 312.0, 2.04),
+    "a100_40": Device("A100-40GB", 39.5, 312.0, 1.56),
+    "rtx_pro_6000": Device("RTX PRO 6000 Blackwell", 95.0, 500.0, 1.79),
+    "rtx_4090": Device("RTX 4090", 23.6, 165.0, 1.01),
+}
+
+
 @dataclass(frozen=True)
 class Load:
     """What a step does, and on how many devices. Lengths in tokens."""

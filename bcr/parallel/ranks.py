@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from bcr.runtime.config import RunStopped
 from bcr.runtime.host import choose_device
+from bcr.runtime.stop import RunStopped
 
 Value = TypeVar("Value")
 

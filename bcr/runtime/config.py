@@ -19,19 +19,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from bcr.runtime.stop import RunStopped, Terminated, first_here
+
 Config = TypeVar("Config")
 Prepared = TypeVar("Prepared")
 
 BAD_INPUT = 2
 STOPPED = 1
-
-
-class RunStopped(Exception):
-    """A run ends itself, with one sentence for its user. What it has written stands."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, in a program that takes it as it takes Ctrl-C."""
 
 
 def config_folder() -> Path:
@@ -123,11 +117,6 @@ def fail(program: str, sentence: str, code: int, alike: bool = False) -> NoRetur
     if not alike or first_here():
         print(f"bcr.{program}: {sentence}", file=sys.stderr)
     sys.exit(code)
-
-
-def first_here() -> bool:
-    """Whether this is the first, or the only, process of a run on this machine: what all find alike, one of them says."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def as_plain(config: Any) -> dict[str, Any]:

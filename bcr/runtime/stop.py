@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C: a training finishes the step, writes a checkpoint and leaves with exit code 0; other programs are interrupted."""
+"""How a run ends before its time: by itself, with a sentence; or by SIGTERM and Ctrl-C.
+
+A training then finishes the step, writes a checkpoint and leaves with exit code 0; other programs are interrupted.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,16 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
-from bcr.runtime.config import Terminated, first_here
-
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ECHO = 5.0  # seconds in which a parent hands on to its processes what a terminal or a scheduler has sent to them already
+
+
+class RunStopped(Exception):
+    """A run ends itself, with one sentence for its user. What it has written stands."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, in a program that takes it as it takes Ctrl-C."""
 
 
 class StopRequest:
@@ -64,3 +73,8 @@ def sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def first_here() -> bool:
+    """Whether this is the first, or the only, process of a run on this machine: what all find alike, one of them says."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

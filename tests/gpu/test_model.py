@@ -6,7 +6,7 @@ import torch
 from bcr.learner.losses import Denominators, LossConfig
 from bcr.learner.packs import Example, make_pack
 from bcr.learner.step import OptimizerConfig, optimizer_step
-from bcr.model import liger, ops
+from bcr.model import ops
 from bcr.model.attention import PackedAttention
 from bcr.model.rotary import Rotary
 from bcr.records import Request, Segment
@@ -32,16 +32,24 @@ def random(*shape, dtype, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to("cuda", dtype)
 
 
+@pytest.fixture
+def liger():
+    pytest.importorskip("liger_kernel")
+    from bcr.model import liger
+
+    return liger
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [128, 896, 4096])
-def test_rms_norm(width, dtype):
+def test_rms_norm(width, dtype, liger):
     inputs = [random(300, width, dtype=dtype), random(width, dtype=dtype, seed=1)]
     wanted = gradients(lambda x, w: ops.unweighted_rms_norm(x, 1e-6) * w, [tensor.double() for tensor in inputs])
     assert relative_error(gradients(lambda x, w: liger.rms_norm(x, w, 1e-6), inputs), wanted) < DTYPES[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu(dtype):
+def test_swiglu(dtype, liger):
     inputs = [random(300, 2 * 1000, dtype=dtype)]
     wanted = gradients(lambda x: torch.nn.functional.silu(x[:, :1000]) * x[:, 1000:], [tensor.double() for tensor in inputs])
     assert relative_error(gradients(liger.swiglu, inputs), wanted) < DTYPES[dtype]

@@ -1,5 +1,10 @@
 """The bench of a training step at tiny shapes: it runs, and the arithmetic it measures against is what torch counts."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,6 +16,13 @@ from bench._learner_step import example, learner, update_flop
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 TINY = DecoderConfig(vocab_size=61, head_dim=16, max_position_embeddings=128, **SIZES)
+
+
+def test_the_learner_and_its_bench_run_without_the_config_library():
+    """Where torch and triton are and nothing else was installed, as `make gpu` takes a machine."""
+    absent = ("hydra", "omegaconf", "datasets", "liger_kernel", "math_verify", "transformers", "peft")
+    program = f"import sys; sys.modules.update(dict.fromkeys({absent})); import bench.train_step, bcr.learner.learner"
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True, env=os.environ | {"PYTHONPATH": "kernels:."})
 
 
 def test_the_learner_bench_runs_on_a_cpu():

@@ -10,9 +10,10 @@ from bcr import train as program
 from bcr.learner import step as learner_step
 from bcr.learner.off_policy import Share
 from bcr.learner.packs import Example
-from bcr.runtime.config import RunStopped, compose
+from bcr.runtime.config import compose
 from bcr.runtime.guards import GuardConfig, Guards
 from bcr.runtime.schema import TrainConfig
+from bcr.runtime.stop import RunStopped
 
 RATES = {"truncated": 0.2, "unanswered": 0.1, "unparsed": 0.1}
 FINE = {"accuracy": 0.5, "mismatch_kl": 1e-6, **RATES, "skipped": False, "tokens_per_problem": 40.0, "entropy": 0.3}
