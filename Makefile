@@ -27,9 +27,9 @@ test: lint
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-# kill -9 at 20 random moments of a training run, which must end like an undisturbed one.
+# kill -9 at 20 random moments of a training run, which must end like an undisturbed one; with RANKS=2 of ranks under torchrun.
 torture: $(INSTALLED)
-	PYTHONPATH=kernels:. $(BIN)/python -m tests.runtime.torture 20
+	PYTHONPATH=kernels:. $(BIN)/python -m $(if $(RANKS),tests.parallel.torture 20 $(RANKS),tests.runtime.torture 20)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -22,10 +22,11 @@ from bcr.runtime.config import compose
 from bcr.runtime.schema import TrainConfig
 from bcr.train import main, prepare
 from tests.parallel.launch import on_ranks
+from tests.parallel.torture import torture
 
 SMALL = [
     *("device=cpu", "threads=1", "resume=auto", "bundles.per_step=3", "bundles.group=4", "bundles.sizes=[1,2]", "bundles.budget=null"),
-    *("bundles.budget_per_problem=25", "sampling.row_block=8", "optimizer.warmup_steps=4", "steps=4", "checkpoint_every=2"),
+    *("bundles.budget_per_problem=25", "sampling.row_block=8", "optimizer.warmup_steps=4", "steps=6", "checkpoint_every=3"),
 ]
 
 
@@ -48,7 +49,7 @@ def read(file: Path) -> list[dict]:
 
 def files(output: Path) -> dict[str, bytes]:
     """What a resumed run must have in common with an undisturbed one. (Cards name the output folder; timings tell the time.)"""
-    kept = [*output.glob("*.jsonl"), *output.glob("checkpoints/step-000004/**/*")]
+    kept = [*output.glob("*.jsonl"), *(output / "checkpoints" / os.readlink(output / "checkpoints" / "latest")).glob("**/*")]
     changing = ("timings.jsonl", "README.md", ".metadata", "state.json", "checksums.sha256")
     return {str(file.relative_to(output)): file.read_bytes() for file in kept if file.is_file() and file.name not in changing}
 
@@ -75,9 +76,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cut_off(run: Path, place: Path) -> Path:
-    """A copy as a kill after the second checkpoint's first bytes would leave it."""
+    """A copy as a kill after the second checkpoint's first bytes would leave it, but for the link."""
     shutil.copytree(run, place / "run", symlinks=True)
-    (place / "run" / "checkpoints" / "step-000004").rename(place / "run" / "checkpoints" / ".step-000004.partial")
+    last = os.readlink(run / "checkpoints" / "latest")
+    (place / "run" / "checkpoints" / last).rename(place / "run" / "checkpoints" / f".{last}.partial")
     return place / "run"
 
 
@@ -88,7 +90,7 @@ def test_two_ranks_are_the_same_run(one: Path, two: Path) -> None:
 def are_the_same_run(one: Path, two: Path) -> None:
     """The rollouts of the first step to the last bit: what is sampled, its verdicts and its advantages."""
     first, second = (read(folder / "metrics.jsonl") for folder in (one, two))
-    assert len(first) == len(second) == 4
+    assert len(first) == len(second)
     close(first[0], second[0], 1e-5)
     for left, right in zip(first, second, strict=True):
         close(left, right, 1e-3)
@@ -99,10 +101,15 @@ def are_the_same_run(one: Path, two: Path) -> None:
         assert (left - right).abs().max() < 1e-4
 
 
-def test_two_ranks_resume_bit_for_bit(two: Path, tmp_path: Path) -> None:
-    again = train(2, cut_off(two, tmp_path))
-    assert "step-000002, after step 2" in (tmp_path / "said.txt").read_text()
-    assert files(again) == files(two)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_six_steps_are_three_and_three_more(ranks: int, one: Path, two: Path, tmp_path: Path) -> None:
+    """Bit for bit: every line, the model, and every rank's part of the state."""
+    undisturbed = {1: one, 2: two}[ranks]
+    again = train(ranks, cut_off(undisturbed, tmp_path))
+    assert "step-000003, after step 3" in (tmp_path / "said.txt").read_text()
+    assert [step["step"] for step in read(again / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert files(again) == files(undisturbed)
+    assert len([name for name in files(again) if name.endswith(".distcp")]) == ranks
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
@@ -115,7 +122,8 @@ def test_another_number_of_ranks_resumes(before: int, after: int, one: Path, two
 
 def test_adapters_are_the_same_run_on_two_ranks(tmp_path: Path) -> None:
     """With the reference of a KL term; resumed bit for bit; from one rank to two and back; the same files, and state for adapters alone."""
-    lora = ["model.lora.rank=3", "optimizer.lr=0.001", "loss.kl_coef=0.1"]  # of rank 3, which two ranks cannot share evenly
+    lora = ["steps=4", "checkpoint_every=2", "optimizer.lr=0.001", "loss.kl_coef=0.1"]
+    lora += ["model.lora.rank=3"]  # which two ranks cannot share evenly
     one, two = (train(ranks, tmp_path / str(ranks) / "run", *lora) for ranks in (1, 2))
     are_the_same_run(one, two)
     folders = [folder / "checkpoints" / "latest" / "adapter" for folder in (one, two)]
@@ -154,21 +162,22 @@ def sabotaged(output: str, how: str) -> None:
 
     def judge_and_suffer(*args: Any) -> Any:
         if os.environ["RANK"] == "1" and next(calls) == 2:
+            (Path(output).parent / "suffered").write_text(str(time.time()))
             if how == "raise":
-                (Path(output).parent / "raised").write_text(str(time.time()))
                 raise KeyError("planted")
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), {"stop": signal.SIGTERM, "kill": signal.SIGKILL}[how])
         return judge(*args)
 
     program.judge = judge_and_suffer
     run(output, ["steps=50", "checkpoint_every=50"])
 
 
-def test_a_rank_that_raises_stops_all(tmp_path: Path) -> None:
-    """Rank 0 leaves without a word; it takes about two seconds."""
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_a_rank_that_raises_or_is_killed_stops_all(how: str, tmp_path: Path) -> None:
+    """Rank 0 leaves without torchrun's help: in silence after two seconds, or at once where its collective has lost the other side."""
     with pytest.raises(AssertionError, match="left"):
-        on_ranks(2, sabotaged, str(tmp_path / "run"), "raise", join=False)
-    assert time.time() - float((tmp_path / "raised").read_text()) < 30
+        on_ranks(2, sabotaged, str(tmp_path / "run"), how, join=False)
+    assert time.time() - float((tmp_path / "suffered").read_text()) < 30
     assert len(read(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
@@ -176,6 +185,12 @@ def test_a_signal_to_one_rank_ends_the_step_of_all(tmp_path: Path) -> None:
     on_ranks(2, sabotaged, str(tmp_path / "run"), "stop", join=False)
     assert "stopped after step 2 of 50; resume=auto goes on from there." in (tmp_path / "said.txt").read_text()
     assert os.readlink(tmp_path / "run" / "checkpoints" / "latest") == "step-000002"
+
+
+@pytest.mark.slow
+def test_two_kills_under_torchrun_change_nothing(tmp_path: Path) -> None:
+    """`make torture RANKS=2` has twenty."""
+    assert len({kill.ranks for kill in torture(tmp_path, kills=2, seed=0)}) == 2
 
 
 # ---- as torchrun starts it ----------------------------------------------------------------------------------------------------
