@@ -192,7 +192,7 @@ def solve(job: Job, n: int, done: int, progress: Callable[[int], None]) -> Itera
     """Records of the problems from `done` on, some bundles at a time."""
     config, dialect = job.config, job.task.dialect
     params = sampling_params(config.sampling, config.samples, dialect, config.seed)
-    bundles = consecutive_bundles(job.problems, n, dialect, job.budget, "solve")[done // n :]
+    bundles = consecutive_bundles(job.problems, n, dialect, job.budget, "solve")[-(-done // n) :]
     at_once = max(1, 2 * config.sampling.max_batch // config.samples)
     for start in range(0, len(bundles), at_once):
         chunk = bundles[start : start + at_once]

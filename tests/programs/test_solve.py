@@ -45,7 +45,7 @@ def test_every_problem_is_answered_in_order(problems, capsys):
     assert f"{sum(record['answer'] is None for record in records)} without an answer" in said
 
 
-@pytest.mark.parametrize("cut", [0.0, 0.3, 0.6, 0.99])
+@pytest.mark.parametrize("cut", [0.0, 0.3, 0.6, 0.99, 1.0])
 def test_a_cut_off_run_ends_with_the_same_file(problems, cut):
     answers = solved(problems, "n=3", "samples=2")
     whole = answers.read_bytes()
