@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,8 @@ from bcr.runtime.config import as_plain
 from bcr.runtime.schema import TrainConfig
 
 STREAMS = ("metrics", "timings", "rollouts", "events")
-RUN = ("config.yaml", *(f"{stream}.jsonl" for stream in STREAMS), "checkpoints", "tensorboard")  # what a run leaves in its folder
+WANDB_ID = "wandb-id.txt"
+RUN = ("config.yaml", *(f"{stream}.jsonl" for stream in STREAMS), "checkpoints", "tensorboard", WANDB_ID)  # what a run leaves in its folder
 
 
 class RunFiles:
@@ -108,10 +110,15 @@ class TensorBoard:
 
 
 class WandB:
+    """One run there for one output folder: a resumed run goes on with it. (What is logged again for steps that it has, it ignores.)"""
+
     def __init__(self, project: str, folder: Path, config: dict[str, Any]) -> None:
         import wandb
 
-        self.run = wandb.init(project=project, dir=str(folder), config=config)
+        file = folder / WANDB_ID
+        if not file.exists():
+            write_whole(file, secrets.token_hex(8))
+        self.run = wandb.init(project=project, id=file.read_text(), resume="allow", dir=str(folder), config=config)
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         self.run.log(dict(values), step=step)

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import save_file
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 import bcr
 from bcr.model import load_pretrained
 from bcr.runtime.config import compose
+from bcr.runtime.outputs import RunFiles, make_room
 from bcr.runtime.schema import TrainConfig
 from bcr.train import prepare, train
 
@@ -208,6 +210,23 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="wandb is not installed"):
         prepare(compose("train", ["logging.wandb=project", f"output={tmp_path}"], TrainConfig))
+
+
+def test_a_resumed_run_is_the_same_run_at_weights_and_biases(tmp_path, monkeypatch):
+    asked = []
+    run = SimpleNamespace(finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: asked.append(options) or run))
+    for output, done in (("one", 0), ("one", 3), ("other", 0)):
+        config = compose("train", ["logging.wandb=project", f"output={tmp_path / output}"], TrainConfig)
+        if not done:
+            make_room(Path(config.output), overwrite=False)
+        with RunFiles(config, steps_done=done):
+            pass
+    first, resumed, other = asked
+    assert (first["project"], first["resume"]) == ("project", "allow")
+    assert first["id"] == resumed["id"] != other["id"]
+    make_room(tmp_path / "one", overwrite=True)
+    assert list((tmp_path / "one").iterdir()) == [], "what replaces it is another run"
 
 
 @pytest.mark.parametrize("override", ["bundles.N=3", "bundles.sizes=[0]", "output=/dev/null/run"])
