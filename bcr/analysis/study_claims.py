@@ -41,7 +41,7 @@ COLLAPSING = ("penalty_03", "penalty_1", "penalty_15", "penalty_2", "bcr", "bcr_
 
 
 def claims(summary: Summary) -> Numbers:
-    """Every claim whose cells are there. "Yes" and "no" are shown differences; all else is "not shown"."""
+    """Every claim whose cells are there. "Yes" and "no" are shown differences; else "not shown", or "no loss shown"."""
     rows = []
     pairs = {(found["one"], found["control"]): found for found in summary["compare"]}
     for claim, one, control, size, quantity, sign in COMPARED.get(summary["study"], ()):
@@ -71,11 +71,11 @@ def verdict(found: Difference, sign: int) -> str:
     ('yes', 'no, the other way round', 'yes')
     >>> unclear = {"difference": [0.01, -0.01, 0.03], "by_seed": [0.01]}
     >>> verdict(unclear, 1), verdict(unclear, 0)
-    ('not shown', 'yes: no loss shown')
+    ('not shown', 'no loss shown')
     """
     found_sign = direction(found)
     if sign == 0:
-        return {1: "yes", 0: "yes: no loss shown", -1: "no"}[found_sign]
+        return {1: "yes", 0: "no loss shown", -1: "no"}[found_sign]
     if found_sign == 0:
         return "not shown"
     return "yes" if found_sign == sign else "no, the other way round"
