@@ -26,7 +26,7 @@ from bcr.evaluate import evaluate_cell
 from bcr.records import Problem, Verdict
 from bcr.runtime.config import as_plain
 from bcr.runtime.outputs import RUN, write_whole
-from bcr.runtime.resume import flat
+from bcr.runtime.resume import EARLIER, flat
 from bcr.runtime.schema import TrainConfig
 from bcr.runtime.stop import StopRequest
 from bcr.sampler import SamplingParams
@@ -110,7 +110,7 @@ def forget_other_run(cell: Cell) -> None:
     """Remove what an unfinished run of other settings has left; `resume=auto` would refuse to go on with it."""
     file = cell.folder / "config.yaml"
     if file.exists():
-        before = kept(flat(OmegaConf.to_container(OmegaConf.load(file))))  # type: ignore[arg-type]
+        before = kept(EARLIER | flat(OmegaConf.to_container(OmegaConf.load(file))))  # type: ignore[arg-type]
         if before == compared(cell.config) and flat(as_plain(cell.config))["threads"] == OmegaConf.load(file).threads:
             return
         print(f"{cell.folder}: an unfinished run of other settings is removed.")
@@ -177,8 +177,8 @@ def kept(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(result: dict[str, Any], cell: Cell) -> list[str]:
-    """In which settings a result was made otherwise than the cell asks. A setting that did not exist then counts as its default."""
-    defaults, now, before = compared(TrainConfig()), compared(cell.config), kept(result["config"])
+    """In which settings a result was made otherwise than the cell asks. A setting that did not exist then counts as what it was."""
+    defaults, now, before = compared(TrainConfig()), compared(cell.config), kept(EARLIER | result["config"])
     found = [
         f"{name} was {before.get(name, defaults.get(name))} and is {now.get(name)}"
         for name in {**before, **now}

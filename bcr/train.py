@@ -7,7 +7,7 @@ next step while the others learn.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from bcr.assemble import Task, assemble, build_bundles, build_grader, build_samp
 from bcr.dynamic_sampling import Replaced, replace_silent
 from bcr.learner.credit import differs_in_accuracy, make_examples
 from bcr.learner.learner import Learned, Learner
-from bcr.learner.packs import Example
+from bcr.learner.packs import Example, by_prompt
 from bcr.learner.targets import MovingTargets
 from bcr.model.ops import implementations
 from bcr.parallel.exchange import learning_cost, on_every_rank, own_shares
@@ -191,7 +191,8 @@ def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool]
             learned: Learned | None = None
             if learner:
                 with clock("learning"):
-                    shares = own_shares(examples, config.off_policy.updates, partial(cost, learner), learners)
+                    share_prompts = config.optimizer.share_prompts
+                    shares = own_shares(examples, config.off_policy.updates, partial(cost, learner), learners, share_prompts)
                     learned = learner.learn_shares(shares, step - 1)
             run.sample_ahead(clock)  # nothing, unless parallel.samplers has ranks that sample while the others learn
             learned = handover.meet(learned, clock)
@@ -235,9 +236,10 @@ def main(run: Run) -> None:
         train(run, stop=stop)
 
 
-def cost(learner: Learner, example: Example) -> float:
-    """What it takes to learn from an example; nothing where it is dropped for want of signal."""
-    return learning_cost(learner.whole.config, example.length) if learner.is_live(example) else 0.0
+def cost(learner: Learner, examples: Sequence[Example]) -> float:
+    """What it takes to learn from examples that stand in one pack; nothing for those that are dropped for want of signal."""
+    prompts = by_prompt(filter(learner.is_live, examples), learner.config.share_prompts)
+    return sum(learning_cost(learner.whole.config, prompt, completions) for prompt, completions in prompts)
 
 
 def step_metrics(sampled: Replaced, learned: Learned) -> dict[str, Any]:

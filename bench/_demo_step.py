@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bcr.learner.credit import make_examples
 from bcr.learner.losses import Denominators
-from bcr.learner.packs import make_pack, pack_examples
+from bcr.learner.packs import make_pack, pack_examples, places
 from bcr.learner.step import optimizer_step
 from bcr.runtime.clock import Clock
 from bcr.runtime.config import compose
@@ -45,7 +45,7 @@ def one_step(run: Run, sampler: Sampler, pool: GraderPool, clock: Clock) -> dict
         optimizer_step(run.task.model, optimizer, packs, config.loss.rule(), temperature=1.0, lr=config.optimizer.lr, grad_clip=1.0)
     sampled = sum(len(rollout.token_ids) for group in groups for rollout in group)
     prefilled = sum(len(bundle.prompt_ids) for bundle in bundles)
-    return {"sampled": sampled, "prefilled": prefilled, "learned": sum(example.length for example in live)}
+    return {"sampled": sampled, "prefilled": prefilled, "learned": places(live)}
 
 
 def demo(repeats: int) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def learning(model: Decoder, load: Load) -> float:
     total = Denominators.of(example.segments for example in examples)
 
     def update() -> None:
-        packs = (make_pack(group, loss, total) for group in pack_examples(examples, load.pack_tokens))
+        groups = pack_examples(examples, load.pack_tokens, share_prompts=False)  # as the costs count
+        packs = (make_pack(group, loss, total, share_prompts=False) for group in groups)
         optimizer_step(model, optimizer, packs, loss.rule(), temperature=1.0, lr=1e-6, grad_clip=1.0)
 
     return median(update)

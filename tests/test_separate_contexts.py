@@ -14,7 +14,7 @@ from bcr.learner.advantages import AdvantageConfig
 from bcr.learner.credit import make_example, make_examples
 from bcr.learner.logprobs import completion_logprobs
 from bcr.learner.losses import AGGREGATIONS, Denominators, LossConfig
-from bcr.learner.packs import Example, make_pack
+from bcr.learner.packs import Example, make_pack, places
 from bcr.learner.rewards import RewardConfig
 from bcr.records import Bundle, Request, Rollout, Segment, Verdict
 from bcr.runtime.config import compose
@@ -145,12 +145,14 @@ def test_tokens_weigh_what_they_would_in_one_context(aggregation: str) -> None:
     assert Denominators.of(c.segments for c in chains) == Denominators.of(c.segments for c in plain)
     total = Denominators.of(c.segments for c in chains)
     several, one = make_pack(chains, loss, total), make_pack(plain, loss, total)
-    inside, outside = several.segment_ids >= 0, one.segment_ids >= 0
     for name in ("targets", "old_logprobs", "segment_ids", "weights"):
-        assert getattr(several, name)[inside].tolist() == getattr(one, name)[outside].tolist()
-    assert several.weights[~inside].abs().sum() == 0
-    assert sum(several.lengths) == sum(c.length for c in chains) == several.input_ids.numel()
-    assert len(several.lengths) == 5
+        assert getattr(several, name).tolist() == getattr(one, name).tolist()
+    assert several.counts == one.counts
+    assert several.parents == [-1, 0, -1, 2, -1, 0, 2]  # three prompts: two with two answers each, one with one
+    assert sum(several.lengths) == places(chains) == several.input_ids.numel()
+    apart = make_pack(chains, loss, total, share_prompts=False)
+    assert len(apart.lengths) == 5
+    assert sum(apart.lengths) == sum(c.length for c in chains)
 
 
 def test_the_learner_sees_the_contexts_that_the_sampler_saw(base: tuple[Sampler, SamplingParams]) -> None:

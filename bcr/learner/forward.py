@@ -10,18 +10,21 @@ from bcr.learner.packs import Pack
 from bcr.model import Decoder
 from bcr.model.attention import PackedAttention
 from bcr.model.decoder import Head
+from bcr.model.readers import Readers, read
 from bcr.model.row_attention import ALIGN, InvariantAttention
 
 
 def through_head(model: Decoder, pack: Pack, head: Head) -> Any:
-    """head(hidden[T,H] of the pack's tokens, head_weight[V,H]); with `model.invariant` the hidden states are those that the sampler
-    computed, to the last bit, on a CPU.
+    """head(hidden[C,H] of the places that predict the pack's completion tokens, head_weight[V,H]); with `model.invariant` the hidden states
+    are those that the sampler computed, to the last bit, on a CPU.
 
     For that attention is taken row by row as in the sampler, and the tokens are filled up to a multiple of ALIGN, as there.
     """
-    if not model.invariant or pack.input_ids.is_cuda:  # on CUDA it would not be the sampler's arithmetic
-        return model(pack.input_ids, pack.position_ids, PackedAttention(pack.lengths, pack.input_ids.device), head)
-    count = pack.input_ids.shape[0]
-    token_ids, positions = (F.pad(x, (0, -count % ALIGN)) for x in (pack.input_ids, pack.position_ids))
-    attention = InvariantAttention(pack.lengths, pack.input_ids.device)
-    return model(token_ids, positions, attention, lambda hidden, weight: head(hidden[:count], weight))
+    device, token_ids, positions = pack.input_ids.device, pack.input_ids, pack.position_ids
+    kind: type[PackedAttention] | type[InvariantAttention] = PackedAttention
+    if model.invariant and device.type == "cpu":  # on CUDA it would not be the sampler's arithmetic
+        kind = InvariantAttention
+        token_ids, positions = (F.pad(x, (0, -len(x) % ALIGN)) for x in (token_ids, positions))
+    readers = Readers(pack.places, len(token_ids))
+    attention = kind(pack.lengths, device, pack.parents)
+    return model(token_ids, positions, attention, lambda hidden, weight: head(read(hidden, pack.places, readers), weight))

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from bcr.learner.logprobs import completion_logprobs
 from bcr.learner.losses import Denominators, LossConfig
 from bcr.learner.off_policy import OffPolicyConfig, Share, measures, together
-from bcr.learner.packs import Example, Pack, make_pack, pack_examples, silent_pack
+from bcr.learner.packs import Example, Pack, make_pack, pack_examples, places, silent_pack
 from bcr.learner.probe import fitting_pack
 from bcr.learner.step import OptimizerConfig, gradient_norm, optimizer_step, pack_loss
 from bcr.model import Decoder
@@ -143,7 +143,7 @@ class Learner:
         """Of every example's completion under `model`, by the example's `id`."""
 
         def work(groups: list[list[Example]]) -> dict[int, list[float]]:
-            found = completion_logprobs(model, groups, self.temperature, self.device)
+            found = completion_logprobs(model, groups, self.temperature, self.device, self.config.share_prompts)
             return {id(example): row for group, rows in zip(groups, found, strict=True) for example, row in zip(group, rows, strict=True)}
 
         return self._fitting(examples, work)
@@ -154,7 +154,7 @@ class Learner:
         It must change no weights before its end.
         """
         while True:
-            groups = pack_examples(examples, self.pack_tokens)
+            groups = pack_examples(examples, self.pack_tokens, self.config.share_prompts)
             most = max(self.ranks.gather(len(groups)))
             try:
                 return work(groups + [[] for _ in range(most - len(groups))])
@@ -169,7 +169,9 @@ class Learner:
         return optimizer_step(self.model, self.optimizer, packs, self.loss.rule(), **options, ranks=self.ranks)
 
     def _pack(self, group: Sequence[Example], total: Denominators) -> Pack:
-        return make_pack(group, self.loss, total, self.device) if group else silent_pack(self.loss, self.device)
+        if not group:
+            return silent_pack(self.loss, self.device)
+        return make_pack(group, self.loss, total, self.device, share_prompts=self.config.share_prompts)
 
     def _make_room(self, groups: Sequence[Sequence[Example]]) -> None:
         """Drop the gradients of the failed attempt and halve the packs, for good: the next step would fail just so."""
@@ -177,7 +179,7 @@ class Learner:
         self.model.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        largest, count = max((sum(example.length for example in group), len(group)) for group in groups)
+        largest, count = max((places(group, self.config.share_prompts), len(group)) for group in groups)
         if count == 1:
             raise MemoryError(no_room(self.device, largest))
         self.pack_tokens = largest // 2

@@ -10,7 +10,7 @@ import torch
 
 from bcr.learner.forward import through_head
 from bcr.learner.losses import Denominators, LossConfig
-from bcr.learner.packs import IGNORED, Example, make_pack, silent_pack
+from bcr.learner.packs import Example, make_pack, silent_pack
 from bcr.model import Decoder
 from bcr.parallel.sharding import release
 from bcr_kernels import linear_logprob
@@ -18,7 +18,11 @@ from bcr_kernels import linear_logprob
 
 @torch.no_grad()
 def completion_logprobs(
-    model: Decoder, groups: Sequence[Sequence[Example]], temperature: float, device: torch.device
+    model: Decoder,
+    groups: Sequence[Sequence[Example]],
+    temperature: float,
+    device: torch.device,
+    share_prompts: bool = True,
 ) -> list[list[list[float]]]:
     """For each group of examples (a pack), each example and each completion token its log-prob: full vocabulary, at `temperature`.
 
@@ -27,10 +31,9 @@ def completion_logprobs(
     found = []
     for group in groups:
         total = Denominators.of(example.segments for example in group)
-        pack = make_pack(group, LossConfig(), total, device) if group else silent_pack(LossConfig(), device)
+        pack = make_pack(group, LossConfig(), total, device, share_prompts=share_prompts) if group else silent_pack(LossConfig(), device)
         head = partial(linear_logprob, targets=pack.targets, temperature=temperature)
-        logprobs = through_head(model, pack, head).logprob
-        values = logprobs[pack.targets != IGNORED].tolist()
+        values = through_head(model, pack, head).logprob.tolist()
         ends = itertools.accumulate((len(example.token_ids) for example in group), initial=0)
         found.append([values[start:stop] for start, stop in itertools.pairwise(ends)])
     release(model)

@@ -20,14 +20,14 @@ from bcr_kernels import LossRule, policy_loss
 
 
 def sequence_policy_loss(logprobs: Tensor, pack: Pack, rule: SequenceRule) -> tuple[Tensor, dict[str, Tensor]]:
-    """The pack's share of the loss, and its metrics (those of `policy_loss`), from log-probs [T] with their gradient.
+    """The pack's share of the loss, and its metrics (those of `policy_loss`), from log-probs [C] with their gradient.
 
     `clipped_*`, `ratio_sum` and `loss_sum` are of the rollouts' ratios; mismatch and KL are of the tokens.
     """
     inside = pack.segment_ids >= 0
     advantages = torch.where(inside, pack.advantages[pack.segment_ids.clamp(min=0)], 0.0)
     log_ratio = torch.where(inside, logprobs - pack.old_logprobs, 0.0)
-    of_rollout = rollout_means(log_ratio.detach(), inside, pack.lengths)
+    of_rollout = rollout_means(log_ratio.detach(), inside, pack.counts)
     same_ratio = pack.old_logprobs + of_rollout + logprobs - logprobs.detach()  # s in value, each token's own in gradient
     plain = LossRule(clip_low=rule.clip_low, clip_high=rule.clip_high, importance_cap=rule.importance_cap)
     vectors = (pack.old_logprobs, advantages, pack.weights)
@@ -43,13 +43,13 @@ def sequence_policy_loss(logprobs: Tensor, pack: Pack, rule: SequenceRule) -> tu
     return loss, metrics
 
 
-def rollout_means(values: Tensor, inside: Tensor, lengths: list[int]) -> Tensor:
-    """values[T] -> [T]: for each token the mean over the tokens of its rollout that are `inside`; float64 sums in a fixed order.
+def rollout_means(values: Tensor, inside: Tensor, counts: list[int]) -> Tensor:
+    """values[C] -> [C]: for each token the mean over the tokens of its rollout that are `inside`; float64 sums in a fixed order.
 
     >>> rollout_means(torch.tensor([0.0, 1.0, 2.0, 0.0, 5.0]), torch.tensor([False, True, True, False, True]), [3, 2]).tolist()
     [1.5, 1.5, 1.5, 5.0, 5.0]
     """
-    sizes = torch.tensor(lengths, device=values.device)
+    sizes = torch.tensor(counts, device=values.device)
     ends = sizes.cumsum(0)
 
     def totals(column: Tensor) -> Tensor:

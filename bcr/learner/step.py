@@ -27,7 +27,8 @@ Item = TypeVar("Item")
 
 @dataclass
 class OptimizerConfig:
-    """AdamW with linear warm-up to a constant rate. `pack_tokens` bounds one forward pass."""
+    """AdamW with linear warm-up to a constant rate. `pack_tokens` bounds one forward pass, in which with `share_prompts` the rollouts of a
+    prompt have it once between them."""
 
     lr: float = 1e-6
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -35,6 +36,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     grad_clip: float = 1.0
     pack_tokens: int = 16384
+    share_prompts: bool = True
 
     def check(self) -> None:
         for name in ("lr", "grad_clip", "pack_tokens"):

@@ -2,6 +2,9 @@
 
 FlashAttention (flash-attn's or torch's) takes the sequences end to end as they lie. `scaled_dot_product_attention` takes padded batches,
 sequences of like length together, so that little is padded.
+
+Several sequences may go on from one *parent*: a prompt that lies in the pack once, and its completions. Each attends to its parent's keys
+and values and to its own; everything else in the model then meets the prompt once (cf. Prefix Grouper, arXiv 2506.05433).
 """
 
 from __future__ import annotations
@@ -15,26 +18,31 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bcr.model.ops import implementations
+from bcr.model.padding import Layout, LayoutAfterParents, bucket_by_length, pad, unpad
+from bcr.model.readers import Readers, read
 
-MAX_PADDING = 1.25  # a bucket ends where its longest sequence is more than this times its shortest
+TILE = 128  # queries after a parent that read keys together: few keys are read for nothing, and the mask is small for any length
 
 
 class PackedAttention:
-    """attention(layer, query[T,Q,D], key[T,K,D], value[T,K,D]) -> [T,Q,D]: every token sees itself and what precedes it in its sequence.
+    """attention(layer, query[T,Q,D], key[T,K,D], value[T,K,D]) -> [T,Q,D]: every token sees itself, what precedes it in its sequence, and
+    the whole parent of its sequence.
 
-    `lengths` are the token counts of the sequences that lie end to end in T. The plan is made once and serves all layers.
-
-    >>> PackedAttention([2, 9, 2], torch.device("cpu")).buckets   # two buckets: the two short ones together, the long one alone
-    [([0, 2], 2), ([1], 9)]
+    `lengths` are the token counts of the sequences that lie end to end in T. `parents` has for each the number of its parent, or -1; a
+    parent has none itself. The plan is made once and serves all layers.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device, parents: Sequence[int] | None = None) -> None:
         if min(lengths, default=0) < 1:
             raise ValueError(f"lengths of packed sequences are {list(lengths)}; every one must be at least 1.")
         self.lengths, self.device = list(lengths), device
+        self.parents = [-1] * len(lengths) if parents is None else list(parents)
+        assert len(self.parents) == len(lengths)
+        assert all(parent < 0 or self.parents[parent] < 0 for parent in self.parents)
+        self.shared = any(parent >= 0 for parent in self.parents)
+        self.before = [self.lengths[parent] if parent >= 0 else 0 for parent in self.parents]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         way = implementations(query.device.type, query.dtype, query.shape[-1]).attention
@@ -43,116 +51,90 @@ class PackedAttention:
                 return self.padded(*(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))).to(query.dtype)
             return self.padded(query, key, value)
         run = flash_attention if way == "flash-attn" else varlen_attention
-        return run(query, key, value, self.boundaries, max(self.lengths))
+        return self.end_to_end(run, query, key, value)
+
+    # ---- end to end -----------------------------------------------------------------------------------------------------------
+
+    def end_to_end(self, run: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """By `run(query, key, value, cu_q, cu_k, longest_q, longest_k)`, whose causal mask ends at the last query and the last key."""
+        longest = max(self.lengths)
+        if not self.shared:
+            return run(query, key, value, self.boundaries, self.boundaries, longest, longest)
+        rows, readers, boundaries, longest_key = self.keys
+        return run(query, read(key, rows, readers), read(value, rows, readers), self.boundaries, boundaries, longest, longest_key)
 
     @functools.cached_property
     def boundaries(self) -> Tensor:
         """cu_seqlens [R+1], int32."""
-        return torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32).to(self.device, non_blocking=True)
+        return self.on_device(cumulative(self.lengths))
 
     @functools.cached_property
-    def buckets(self) -> list[tuple[list[int], int]]:
-        return bucket_by_length(self.lengths)
+    def keys(self) -> tuple[Tensor, Readers, Tensor, int]:
+        """The tokens whose keys and values the sequences read, parents first; their readers; cu_seqlens and the longest of them."""
+        starts = list(itertools.accumulate(self.lengths, initial=0))
+        lengths = [before + own for before, own in zip(self.before, self.lengths, strict=True)]
+        parts = list[Tensor]()
+        for row, parent in enumerate(self.parents):
+            parts += [torch.arange(starts[one], starts[one + 1]) for one in (parent, row) if one >= 0]
+        rows = torch.cat(parts)
+        return self.on_device(rows), Readers(rows, starts[-1], device=self.device), self.on_device(cumulative(lengths)), max(lengths)
+
+    def on_device(self, x: Tensor) -> Tensor:
+        return x.to(self.device, non_blocking=True)
+
+    # ---- in padded batches ----------------------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def layout(self) -> Layout:
-        return Layout(self.lengths, self.buckets, self.device)
+    def layouts(self) -> tuple[Layout, Layout | LayoutAfterParents, list[int]]:
+        """Of queries, of keys and values; and of each bucket how many tokens its rows have before them."""
+        buckets = bucket_by_length(self.lengths, self.before)
+        queries = Layout(self.lengths, buckets, self.device)
+        keys = LayoutAfterParents(self.lengths, self.parents, buckets, self.device) if self.shared else queries
+        return queries, keys, [self.before[rows[0]] for rows, _ in buckets]
 
     def padded(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        grouped = query.shape[1] != key.shape[1]
-        batches = zip(*(_Pad.apply(x, self.layout) for x in (query, key, value)), strict=True)  # [rows,longest,heads,D] of each bucket
-        heads_first = ((x.transpose(1, 2) for x in batch) for batch in batches)
-        pieces = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped) for q, k, v in heads_first]
-        return _Unpad.apply(self.layout, *(piece.transpose(1, 2) for piece in pieces))
+        queries, keys, before = self.layouts
+        batches = zip(pad(query, queries), pad(key, keys), pad(value, keys), strict=True)  # [rows,longest,heads,D] of each bucket
+        heads_first = ((q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)) for q, k, v in batches)
+        return unpad([attend(q, k, v, first).transpose(1, 2) for (q, k, v), first in zip(heads_first, before, strict=True)], queries)
 
 
-class Layout:
-    """Where each token lies in the padded batches. Padding repeats the last token of its row: it stands after every real token, so causal
-    attention never reads it, and as its own output is dropped, its gradient is exactly 0."""
-
-    def __init__(self, lengths: Sequence[int], buckets: list[tuple[list[int], int]], device: torch.device) -> None:
-        starts = list(itertools.accumulate(lengths, initial=0))
-        self.shapes = [(len(rows), longest) for rows, longest in buckets]
-        self.tokens: list[Tensor] = []  # for each bucket the token [rows * longest] that stands in each place
-        place_of = torch.empty(starts[-1], dtype=torch.int64)
-        before = 0
-        for rows, longest in buckets:
-            first = torch.tensor([starts[row] for row in rows])[:, None]
-            length = torch.tensor([lengths[row] for row in rows])[:, None]
-            column = torch.arange(longest)
-            tokens = (first + torch.minimum(column, length - 1)).flatten()
-            real = (column < length).flatten().nonzero().squeeze(1)
-            place_of[tokens[real]] = before + real
-            before += len(tokens)
-            self.tokens.append(tokens.to(device))
-        self.places = place_of.to(device)  # [T]: the place of each token, counted through all buckets
+def attend(query: Tensor, key: Tensor, value: Tensor, before: int) -> Tensor:
+    """query[B,Q,M,D] of the last M places over key[B,K,before+M,D], value[B,K,before+M,D]: each sees what precedes it, and itself."""
+    grouped, length = query.shape[1] != key.shape[1], query.shape[2]
+    if before == 0:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+    tile = -(-length // -(-length // TILE))
+    width = before + length + tile
+    mask = query.new_zeros(tile, width)  # of a tile after all the keys it may need; `is_causal` would begin at the first key instead
+    mask[:, width - tile :].masked_fill_(mask.new_ones(tile, tile, dtype=torch.bool).triu(1), float("-inf"))
+    parts = []
+    for first in range(0, length, tile):
+        stop = min(first + tile, length)
+        keys, ends = before + stop, width - tile + stop - first
+        views = query[:, :, first:stop], key[:, :, :keys], value[:, :, :keys], mask[: stop - first, ends - keys : ends]
+        parts.append(F.scaled_dot_product_attention(*views[:3], attn_mask=views[3], enable_gqa=grouped))
+    return torch.cat(parts, 2)
 
 
-class _Pad(torch.autograd.Function):
-    """x[T,heads,D] -> [rows,longest,heads,D] of each bucket. Autograd's own backward would add up rows of which no two are the same."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-        ctx.layout = layout
-        flat = x.flatten(1)
-        shapes = ((*shape, *x.shape[1:]) for shape in layout.shapes)
-        return tuple(flat.index_select(0, tokens).view(shape) for tokens, shape in zip(layout.tokens, shapes, strict=True))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        return take_out(upstream, ctx.layout), None
-
-
-class _Unpad(torch.autograd.Function):
-    """The opposite of `_Pad`."""
-
-    @staticmethod
-    def forward(ctx: Any, layout: Layout, *batches: Tensor) -> Tensor:
-        ctx.layout = layout
-        return take_out(batches, layout)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        sizes = [rows * longest for rows, longest in ctx.layout.shapes]
-        flat = upstream.new_zeros(sum(sizes), *upstream.shape[1:]).flatten(1)
-        flat.index_copy_(0, ctx.layout.places, upstream.flatten(1))
-        shapes = ((*shape, *upstream.shape[1:]) for shape in ctx.layout.shapes)
-        return None, *(part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True))
-
-
-def take_out(batches: Sequence[Tensor], layout: Layout) -> Tensor:
-    """The real tokens [T,heads,D] of padded batches [rows,longest,heads,D], in packing order."""
-    heads = batches[0].shape[2:]
-    flat = [batch.reshape(-1, heads.numel()) for batch in batches]
-    together = flat[0] if len(flat) == 1 else torch.cat(flat)
-    return together.index_select(0, layout.places).view(-1, *heads)
-
-
-def flash_attention(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int) -> Tensor:
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, key_boundaries: Tensor, longest: int, longest_key: int
+) -> Tensor:
     from flash_attn import flash_attn_varlen_func  # only where it is installed
 
-    return flash_attn_varlen_func(query, key, value, boundaries, boundaries, longest, longest, causal=True)
+    return flash_attn_varlen_func(query, key, value, boundaries, key_boundaries, longest, longest_key, causal=True)
 
 
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int) -> Tensor:
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, key_boundaries: Tensor, longest: int, longest_key: int
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # CUDA only
 
     options: dict[str, Any] = {"window_size": (-1, 0)}  # causal
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # implied in the first versions
         options["enable_gqa"] = True
-    return cast(Tensor, varlen_attn(query, key, value, boundaries, boundaries, longest, longest, **options))
+    return cast(Tensor, varlen_attn(query, key, value, boundaries, key_boundaries, longest, longest_key, **options))
 
 
-def bucket_by_length(lengths: Sequence[int]) -> list[tuple[list[int], int]]:
-    """Sequences grouped by length: [(rows, longest length), ...], no row padded by more than MAX_PADDING."""
-    buckets: list[tuple[list[int], int]] = []
-    shortest = 0
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if buckets and lengths[row] <= MAX_PADDING * shortest:
-            buckets[-1] = ([*buckets[-1][0], row], lengths[row])
-        else:
-            buckets.append(([row], lengths[row]))
-            shortest = lengths[row]
-    return buckets
+def cumulative(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)

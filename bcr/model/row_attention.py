@@ -9,7 +9,6 @@ asks the machine at hand whether it keeps these rules. (The fused CPU kernel doe
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -56,23 +55,28 @@ def attend_chunk(query: Tensor, key: Tensor, value: Tensor, first: int) -> Tenso
 class InvariantAttention:
     """`PackedAttention`'s twin for training in `invariant` mode: attention(layer, query[T,Q,D], key[T,K,D], value[T,K,D]) -> [T,Q,D].
 
-    Each sequence by itself, in tiles of TILE queries. Tokens beyond the sequences (padding of T) are given zeros.
+    Each sequence by itself, after its parent where it has one, in tiles of TILE queries. Tokens beyond the sequences (padding of T) are
+    given zeros.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    def __init__(self, lengths: Sequence[int], device: torch.device, parents: Sequence[int] | None = None) -> None:
         del device
-        self.starts = list(itertools.accumulate(lengths, initial=0))
+        self.lengths = list(lengths)
+        self.parents = [-1] * len(self.lengths) if parents is None else list(parents)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         del layer
+        sizes = [*self.lengths, query.shape[0] - sum(self.lengths)]
+        queries, keys, values = (x.split(sizes) for x in (query, key, value))
         parts = []
-        for start, stop in itertools.pairwise(self.starts):
-            places = readable(stop - start) - (stop - start)
-            keys, values = (F.pad(x[start:stop].transpose(0, 1), (0, 0, 0, places)) for x in (key, value))
-            for first in range(0, stop - start, TILE):
-                tile = query[start + first : min(start + first + TILE, stop)]
-                parts.append(attend_chunk(tile, keys, values, first))
-        parts.append(query.new_zeros(query.shape[0] - self.starts[-1], *query.shape[1:]))
+        for row, (parent, length) in enumerate(zip(self.parents, self.lengths, strict=True)):
+            read = [parent, row] if parent >= 0 else [row]
+            before = self.lengths[parent] if parent >= 0 else 0
+            places = readable(before + length) - (before + length)
+            own_keys, own_values = (F.pad(torch.cat([x[one] for one in read]).transpose(0, 1), (0, 0, 0, places)) for x in (keys, values))
+            for first in range(0, length, TILE):
+                parts.append(attend_chunk(queries[row][first : first + TILE], own_keys, own_values, before + first))
+        parts.append(torch.zeros_like(queries[-1]))
         return torch.cat(parts)
 
 

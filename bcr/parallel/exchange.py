@@ -13,6 +13,8 @@ from bcr.model import DecoderConfig
 from bcr.parallel.ranks import Ranks
 from bcr.tasks.judging import Judged
 
+UNEVEN = 1.05  # a rank's cost over the mean, above which rollouts of one prompt are rather parted
+
 
 def balanced(costs: Sequence[float], parts: int) -> list[int]:
     """The part of each item, from 0, such that the parts' sums of costs are nearly equal. A pure function of its arguments.
@@ -43,30 +45,58 @@ def balanced(costs: Sequence[float], parts: int) -> list[int]:
     return part_of
 
 
-def learning_cost(config: DecoderConfig, length: int) -> float:
-    """Multiplications of a forward pass over a sequence of `length` tokens: linear in it for the weights, quadratic for attention.
+def learning_cost(config: DecoderConfig, prompt: int, completions: Sequence[int]) -> float:
+    """Multiplications of a forward pass over a prompt of so many tokens and the completions that share it: linear in the places for the
+    weights and in the completions' tokens for the head; for attention each place with what precedes it.
 
-    The backward pass is twice as much of both, so shares that are equal in this are equal in all.
+    The backward pass is twice as much of all, so shares that are equal in this are equal in all.
     """
     hidden, head, layers = config.hidden_size, config.head_dim, config.num_hidden_layers
     query, both = config.num_attention_heads * head, (config.num_attention_heads + 2 * config.num_key_value_heads) * head
     dense = layers - (sparse := (layers - len(config.mlp_only_layers)) if config.num_experts else 0)
     mlp = 3 * hidden * (dense * config.intermediate_size + sparse * config.num_experts_per_tok * config.moe_intermediate_size)
-    weights = layers * (hidden * both + query * hidden) + mlp + hidden * config.vocab_size
-    return length * weights + layers * query * length**2  # scores and values: each half of length^2 * query
+    inputs = [tokens - 1 for tokens in completions]
+    weights = layers * (hidden * both + query * hidden) + mlp
+    attended = prompt**2 + sum(own**2 + 2 * prompt * own for own in inputs)  # twice the pairs of places; scores and values take one each
+    return (prompt + sum(inputs)) * weights + sum(completions) * hidden * config.vocab_size + layers * query * attended
 
 
-def own_shares(examples: Sequence[Example], updates: int, cost: Callable[[Example], float], ranks: Ranks) -> list[Share]:
+def own_shares(
+    examples: Sequence[Example], updates: int, cost: Callable[[Sequence[Example]], float], ranks: Ranks, share_prompts: bool = True
+) -> list[Share]:
     """What this rank learns from in each of the step's `updates`, of the examples of all ranks: no rank has to ask another.
 
-    Each update takes its part of the step, which is in the order of the bundles; in it the ranks' sums of costs are nearly equal.
+    Each update takes its part of the step, which is in the order of the bundles; in it the ranks' sums of costs are nearly equal. `cost` is
+    that of examples which share their prompts where they have the same.
     """
     shares = []
     for whole in Share.split(examples, updates):
-        rank_of = balanced([cost(example) for example in whole.examples], ranks.size)
+        rank_of = rank_of_each(whole.examples, cost, ranks.size, share_prompts)
         own = [place for place, rank in enumerate(rank_of) if rank == ranks.rank]
         shares.append(Share([whole.examples[place] for place in own], [whole.indices[place] for place in own], whole.total))
     return shares
+
+
+def rank_of_each(examples: Sequence[Example], cost: Callable[[Sequence[Example]], float], ranks: int, share_prompts: bool) -> list[int]:
+    """The rank of each example. Those of one prompt stay together where that leaves the ranks' costs within UNEVEN; else they are halved,
+    and halved again, down to single examples. Of all ways within UNEVEN the one whose busiest rank has least to do."""
+    groups = dict[tuple[int, ...] | int, list[int]]()
+    for place, example in enumerate(examples):
+        groups.setdefault(tuple(example.prompt_ids) if share_prompts else place, []).append(place)
+    items, tried = list(groups.values()), list[tuple[bool, float, list[int]]]()
+    while True:
+        costs = [cost([examples[place] for place in item]) for item in items]
+        part_of = balanced(costs, ranks)
+        sums = [0.0] * ranks
+        rank_of = [0] * len(examples)
+        for item, price, part in zip(items, costs, part_of, strict=True):
+            sums[part] += price
+            for place in item:
+                rank_of[place] = part
+        tried.append((max(sums) * ranks > UNEVEN * sum(sums), max(sums), rank_of))
+        if ranks == 1 or all(len(item) < 2 for item in items):
+            return min(tried, key=lambda way: way[:2])[2]
+        items = [half for item in items for half in (item[::2], item[1::2]) if half]
 
 
 def on_every_rank(places: Sequence[int], groups: Sequence[list[Judged]], ranks: Ranks) -> list[list[Judged]]:

@@ -25,6 +25,9 @@ FREE = (
 )
 
 
+EARLIER = {"optimizer.share_prompts": False}  # what a config means that is older than the setting, where that is not today's default
+
+
 @dataclass(frozen=True)
 class Resumption:
     """A checkpoint that was found whole, and the plain part of its state. `checkpoint` None: the run was cut off before its first."""
@@ -114,7 +117,7 @@ def refuse_other_config(config: TrainConfig, folder: Path) -> None:
     file = folder / "config.yaml"
     if not file.exists():  # cut off before it was written, or removed; then nothing else of worth is here either
         raise ValueError(f"output {str(folder)!r} has no config.yaml to compare with; overwrite=true starts afresh.")
-    before, now = flat(OmegaConf.to_container(OmegaConf.load(file))), flat(as_plain(config))  # type: ignore[arg-type]
+    before, now = EARLIER | flat(OmegaConf.to_container(OmegaConf.load(file))), flat(as_plain(config))  # type: ignore[arg-type]
     names = [name for name in {**before, **now} if name not in FREE]
     different = [f"{name} was {before.get(name)} and is {now.get(name)}" for name in names if before.get(name) != now.get(name)]
     if different:

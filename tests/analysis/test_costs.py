@@ -110,7 +110,7 @@ def status(name):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 def step(model, lengths):
     examples = [Example([1] * 28, [2] * n, [-1.0] * n, [Segment(0, 0, n)], [1.0]) for n in lengths]
-    pack = make_pack(examples, LossConfig(), Denominators.of(example.segments for example in examples))
+    pack = make_pack(examples, LossConfig(), Denominators.of(example.segments for example in examples), share_prompts=False)
     optimizer_step(model, model.optimizer, [pack], LossConfig().rule(), temperature=1.0, lr=1e-6, grad_clip=1.0)
 tiny = Decoder(DecoderConfig(**{tiny})).to(dtype)
 object.__setattr__(tiny, "optimizer", OptimizerConfig().build(tiny))

@@ -206,15 +206,15 @@ BY_HAND = [
     Example([1, 0], [1], [0.0], [Segment(0, 0, 1)], [-3.0]),
 ]
 WEIGHTS_BY_HAND = {
-    "token-mean": [1 / 5, 1 / 5, 1 / 5, 1 / 5, 0, 1 / 5],  # 5 tokens
-    "seq-mean-token-mean": [1 / 8, 1 / 8, 1 / 8, 1 / 8, 0, 1 / 2],  # 2 rollouts of 4 and 1 tokens
-    "seq-mean-token-sum-norm": [1 / 18, 1 / 18, 1 / 18, 1 / 18, 0, 1 / 18],  # 2 rollouts, horizon 9
-    "problem-mean": [1 / 9, 1 / 9, 1 / 3, 1 / 9, 0, 1 / 3],  # 3 (rollout, problem) pairs of 3, 1 and 1 tokens
+    "token-mean": [1 / 5, 1 / 5, 1 / 5, 1 / 5, 1 / 5],  # 5 tokens
+    "seq-mean-token-mean": [1 / 8, 1 / 8, 1 / 8, 1 / 8, 1 / 2],  # 2 rollouts of 4 and 1 tokens
+    "seq-mean-token-sum-norm": [1 / 18, 1 / 18, 1 / 18, 1 / 18, 1 / 18],  # 2 rollouts, horizon 9
+    "problem-mean": [1 / 9, 1 / 9, 1 / 3, 1 / 9, 1 / 3],  # 3 (rollout, problem) pairs of 3, 1 and 1 tokens
 }
-# p = 1/2 everywhere (two words, equal logits), so the ratios are 1, 5/4, 5/4, 4/5 and, after the prompt token, 7/10.
-OLD_BY_HAND = [1 / 2, 2 / 5, 2 / 5, 5 / 8, 1.0, 5 / 7]
-# ratio * advantage, clipped at 0.2: 1 * 1; min(5/4, 6/5) * 1; 5/4 * -1; 4/5 * 2; the prompt; max(7/10, 4/5) * -3
-GAINS_BY_HAND = [1.0, 1.2, -1.25, 1.6, 0.0, -2.4]
+# p = 1/2 everywhere (two words, equal logits), so the ratios are 1, 5/4, 5/4, 4/5 and 7/10.
+OLD_BY_HAND = [1 / 2, 2 / 5, 2 / 5, 5 / 8, 5 / 7]
+# ratio * advantage, clipped at 0.2: 1 * 1; min(5/4, 6/5) * 1; 5/4 * -1; 4/5 * 2; max(7/10, 4/5) * -3
+GAINS_BY_HAND = [1.0, 1.2, -1.25, 1.6, -2.4]
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -224,7 +224,7 @@ def test_a_case_computed_by_hand(aggregation):
     pack = make_pack(BY_HAND, loss_config(aggregation), total, dtype=torch.float64)
     assert pack.weights.tolist() == pytest.approx(WEIGHTS_BY_HAND[aggregation], rel=1e-12)
     output = linear_policy_loss(
-        torch.zeros(6, 3, dtype=torch.float64),
+        torch.zeros(5, 3, dtype=torch.float64),
         torch.zeros(2, 3, dtype=torch.float64),
         pack.targets,
         old_logprobs=torch.tensor(OLD_BY_HAND, dtype=torch.float64).log(),

@@ -1,14 +1,16 @@
 """Shares of equal cost: whole, the same for whoever works them out, and as even as rollouts that cannot be split allow."""
 
 import itertools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bcr.learner.off_policy import Share
-from bcr.learner.packs import Example
+from bcr.learner.packs import Example, by_prompt
 from bcr.model import Decoder, DecoderConfig
 from bcr.parallel.exchange import balanced, learning_cost, own_shares, packed, unpacked
 from bcr.parallel.ranks import Ranks
@@ -52,25 +54,29 @@ def test_never_further_from_the_best_than_is_known_of_this_method(prices: list[i
 @settings(max_examples=40, deadline=None)
 def test_learning_is_balanced_within_five_percent(ranks: int, each: int, chance, budget: int) -> None:
     """From 8 rollouts a rank up, of a tenth of the budget to all of it."""
-    prices = [learning_cost(CONFIG, 60 + chance.randint(budget // 10, budget)) for _ in range(ranks * each)]
+    prices = [learning_cost(CONFIG, 60, [chance.randint(budget // 10, budget)]) for _ in range(ranks * each)]
     sums = loads(prices, ranks)
     assert max(sums) <= 1.05 * sum(sums) / ranks
 
 
-def example(length: int, advantage: float) -> Example:
-    return Example([1, 2], [7] * length, [-1.0] * length, [Segment(0, 0, length)], [advantage])
+def example(length: int, advantage: float, prompt: int = 2) -> Example:
+    return Example([1] * prompt, [7] * length, [-1.0] * length, [Segment(0, 0, length)], [advantage])
+
+
+def cost(examples: Sequence[Example]) -> float:
+    return sum(learning_cost(CONFIG, *one) for one in by_prompt(one for one in examples if one.has_signal))
 
 
 @given(
     st.lists(st.tuples(st.integers(1, 90), st.sampled_from([0.0, 1.0])), min_size=6, max_size=6),
     st.integers(1, 4),
     st.sampled_from([1, 2, 3]),
+    st.booleans(),
 )
-def test_shares_make_up_the_step(rows: list[tuple[int, float]], size: int, updates: int) -> None:
+def test_shares_make_up_the_step(rows: list[tuple[int, float]], size: int, updates: int, share_prompts: bool) -> None:
     examples = [example(*row) for row in rows]
     alone = Share.split(examples, updates)
-    cost: Callable[[Example], float] = lambda one: learning_cost(CONFIG, one.length) * one.has_signal  # noqa: E731
-    by_rank = [own_shares(examples, updates, cost, Ranks("cpu", rank, size)) for rank in range(size)]
+    by_rank = [own_shares(examples, updates, cost, Ranks("cpu", rank, size), share_prompts) for rank in range(size)]
     for update, whole in enumerate(alone):
         shares = [shares[update] for shares in by_rank]
         assert all(share.total == whole.total for share in shares)
@@ -78,18 +84,37 @@ def test_shares_make_up_the_step(rows: list[tuple[int, float]], size: int, updat
         assert sorted(index for share in shares for index in share.indices) == list(whole.indices)
 
 
+@given(st.integers(2, 8), st.integers(1, 6), st.integers(2, 4000), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_groups_stay_whole_where_that_is_even_enough(ranks: int, each: int, prompt: int, chance) -> None:
+    """8 rollouts a group. The ranks' costs, prompts counted where they stand, are within 5 % of each other's mean wherever single rollouts
+    would be, and no rank has more to do than with those. Twelve equal groups on as many ranks as divide them are not parted."""
+    examples = [example(chance.randint(20, 200), 1.0, prompt + group) for group in range(ranks * each) for _ in range(8)]
+    sums = [cost(own_shares(examples, 1, cost, Ranks("cpu", rank, ranks))[0].examples) for rank in range(ranks)]
+    alone = loads([cost([one]) for one in examples], ranks)
+    assert max(sums) <= max(max(alone), 1.05 * sum(sums) / ranks)
+    equal = [example(100, 1.0, 50 + group // 12) for group in range(12) for _ in range(8)]
+    for rank in range(ranks * (12 % ranks == 0)):
+        share = own_shares([replace(one, prompt_ids=[k // 8] * 50) for k, one in enumerate(equal)], 1, cost, Ranks("cpu", rank, ranks))[0]
+        assert sorted(Counter(one.prompt_ids[0] for one in share.examples).values()) == [8] * (12 // ranks)
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": (0,)}]
 )
 def test_the_cost_counts_the_weights_that_a_token_meets(changes: dict) -> None:
-    """Each once, two of four experts, the router left out; and for attention two halves of a square of the query's width in each layer."""
+    """Each once for every place, the head for every target, two of four experts, the router left out; and for attention scores and values
+    of each place with what precedes it, half a square and a rectangle, of the query's width in each layer."""
     config = DecoderConfig(**{**SIZES, **changes})
     met = 0.0
     for name, weight in Decoder(config).named_parameters():
-        if weight.dim() == 2 and not name.endswith(("embed_tokens.weight", "mlp.gate.weight")):
+        if weight.dim() == 2 and not name.endswith(("embed_tokens.weight", "mlp.gate.weight", "lm_head.weight")):
             met += weight.numel() / (2 if ".experts." in name else 1)
-    for length in (16, 160):
-        assert learning_cost(config, length) == length * met + 2 * 64 * length**2
+    head = config.vocab_size * config.hidden_size
+    for prompt, first, second in ((16, 5, 1), (160, 9, 300)):
+        attended = prompt**2 + (first - 1) ** 2 + (second - 1) ** 2 + 2 * prompt * (first + second - 2)
+        expected = (prompt + first + second - 2) * met + (first + second) * head + 2 * 64 * attended
+        assert learning_cost(config, prompt, [first, second]) == expected
 
 
 def test_rollouts_travel_unchanged() -> None:
