@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo demo-quick test test-slow torture lint format gpu clean
+.PHONY: install demo demo-quick test test-slow torture lint format gpu gpu-test gpu-kernels gpu-sampler gpu-learner clean
 
 install: $(INSTALLED)
 
@@ -40,18 +40,37 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# On a machine with an NVIDIA GPU, with the torch and triton that are installed there.
-LOAD := requests=256 shortest=100 longest=1024 groups=32 budget=1024 peer_batch=256
-gpu:
-	PYTHONPATH=kernels:. $(PYTHON) -m pytest tests/gpu
-	PYTHONPATH=kernels:. $(PYTHON) -m bench.linear_logprob
-	PYTHONPATH=kernels:. $(PYTHON) -m bench.policy_loss
-	PYTHONPATH=kernels:. $(PYTHON) -m bench.linear_sample
-	PYTHONPATH=kernels:. $(PYTHON) -m bench.paged_attention
-	PYTHONPATH=kernels:. $(PYTHON) -m bench.sampler device=cuda shape=qwen3-0.6b $(LOAD)
-	PYTHONPATH=kernels:. $(PYTHON) -m bench.sampler device=cuda shape=qwen2-1.5b $(LOAD)
-	PYTHONPATH=kernels:. $(PYTHON) -m bench.sampler device=cuda shape=qwen3-4b $(LOAD)
-	PYTHONPATH=kernels:. $(PYTHON) -m bench.train_step learner
+# On a machine with an NVIDIA GPU, with the torch and triton that are installed there. By estimate some ten minutes on an H100, 1 to 4 for each
+# part. What a bench prints last, one JSON object, is added to RESULTS. `make -k gpu` goes on with the other parts where one fails.
+RESULTS ?= outputs/gpu.jsonl
+LOAD := repeats=1 shortest=100 longest=512 groups=32 budget=512 peer_batch=256
+THERE := PYTHONPATH=kernels:. $(PYTHON) -m
+KEPT = | tee $(RESULTS).text && tail -n 1 $(RESULTS).text >> $(RESULTS)
+
+gpu: gpu-test gpu-kernels gpu-sampler gpu-learner
+
+gpu-test:
+	$(THERE) pytest tests/gpu
+
+gpu-kernels gpu-sampler gpu-learner: SHELL := /bin/bash
+gpu-kernels gpu-sampler gpu-learner: .SHELLFLAGS := -o pipefail -c
+
+gpu-kernels:
+	@mkdir -p $(dir $(RESULTS))
+	$(THERE) bench.linear_logprob --case 8192,1536,151936 --case 32768,2560,151936 $(KEPT)
+	$(THERE) bench.policy_loss --case 8192,1536,151936 $(KEPT)
+	$(THERE) bench.linear_sample $(KEPT)
+	$(THERE) bench.paged_attention $(KEPT)
+
+gpu-sampler:
+	@mkdir -p $(dir $(RESULTS))
+	$(THERE) bench.sampler device=cuda shape=qwen3-0.6b requests=256 $(LOAD) $(KEPT)
+	$(THERE) bench.sampler device=cuda shape=qwen2-1.5b requests=256 peers=0 $(LOAD) $(KEPT)
+	$(THERE) bench.sampler device=cuda shape=qwen3-4b requests=0 peers=0 $(LOAD) $(KEPT)
+
+gpu-learner:
+	@mkdir -p $(dir $(RESULTS))
+	$(THERE) bench.train_step learner $(KEPT)
 
 clean:
 	rm -rf .venv outputs build dist *.egg-info kernels/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
