@@ -1,5 +1,7 @@
 """The sampler on CUDA: it never waits, its graphs do what the eager steps do, and its log-probs are the learner's."""
 
+import gc
+
 import pytest
 import torch
 from paged_cases import paged as paged_case
@@ -150,6 +152,8 @@ def test_the_other_attention_agrees(name: str, queries: int) -> None:
 def test_the_cache_takes_its_share_of_what_is_free(make_decoder) -> None:
     model = make_decoder(num_hidden_layers=8, num_key_value_heads=8, num_attention_heads=8, head_dim=128, max_position_embeddings=16_384)
     sampler = Sampler(model.to("cuda", torch.bfloat16), max_batch=256)
+    gc.collect()
+    torch.cuda.empty_cache()  # what earlier tests have left counts as free to the sampler
     free, _ = torch.cuda.mem_get_info()
     sampler.generate(requests_of(4, 60, 20), PARAMS)
     assert sampler._cache is not None
