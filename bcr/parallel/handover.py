@@ -59,5 +59,8 @@ class Handover:
             return
         for weight in streamed(copy if learner is None else learner.model, frozen=not self._published):
             if self.ranks.first or learner is None:
-                dist.broadcast(weight, 0, self._way)
+                flat = weight.contiguous()  # or gloo sends what lies behind its first number
+                dist.broadcast(flat, 0, self._way)
+                if learner is None and flat is not weight:
+                    weight.copy_(flat)
         self._published = True
