@@ -136,11 +136,14 @@ def described(budget: Budget) -> str:
 
 def table(cells: Sequence[dict[str, Any]]) -> Table:
     """The results for people. Tokens and checks are those of a problem; the interval is the bootstrap's, at 95 %."""
-    result = Table("data", "N", "budget", "accuracy", "tokens", "checks", "truncated", box=SIMPLE, pad_edge=False)
+    samples = max((key for cell in cells for key in cell.get("pass_at_k", {})), key=int, default=None)
+    passed = [] if samples is None else [f"pass@{samples}"]
+    result = Table("data", "N", "budget", "accuracy", *passed, "tokens", "checks", "truncated", box=SIMPLE, pad_edge=False)
     for cell in cells:
         result.add_row(
             *asked(cell),
             f"{cell['accuracy']:.1%} [{100 * cell['accuracy_interval'][0]:.1f}, {100 * cell['accuracy_interval'][1]:.1f}]",
+            *([] if samples is None else [f"{cell['pass_at_k'][samples]:.1%}"]),
             f"{cell['tokens_per_problem']:.1f}",
             f"{cell['checks_per_problem']:.2f}",
             f"{cell['truncated']:.0%}",

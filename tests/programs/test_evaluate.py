@@ -103,7 +103,10 @@ def test_a_cell_says_all_that_its_rollouts_tell():
     for cell, size in ((one, 1), (three, 3)):
         assert sum(cell["verdicts"].values()) == cell["problems"] == 72
         assert cell["accuracy_interval"][0] <= cell["accuracy"] <= cell["accuracy_interval"][1]
-        assert cell["pass_at_k"]["3"] >= cell["accuracy"]
+        assert list(cell["pass_at_k"]) == ["2", "3"]
+        for k, (low, high) in cell["pass_at_k_interval"].items():
+            assert cell["accuracy"] <= low <= cell["pass_at_k"][k] <= high or cell["pass_at_k"][k] == low == high == 1
+        assert 0 < cell["with_loops"] <= 1
         assert sum(place["problems"] for place in cell["by_position"].values()) == 72
         assert len(cell["by_position"]) == size
         assert list(cell["by_difficulty"]) == ["2", "3", "4"]
