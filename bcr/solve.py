@@ -188,15 +188,20 @@ def largest_within(measured: dict[int, dict[str, Any]], tolerance: float) -> int
     return max(size for size, cell in measured.items() if cell["accuracy"] >= floor)
 
 
-def solve(job: Job, n: int, done: int, progress: Callable[[int], None]) -> Iterator[list[dict[str, Any]]]:
-    """Records of the problems from `done` on, some bundles at a time."""
+def solve(job: Job, n: int, done: int, progress: Callable[[float], None]) -> Iterator[list[dict[str, Any]]]:
+    """Records of the problems from `done` on, some bundles at a time; `progress` is told how many are solved, also in between."""
     config, dialect = job.config, job.task.dialect
     params = sampling_params(config.sampling, config.samples, dialect, config.seed)
     bundles = consecutive_bundles(job.problems, n, dialect, job.budget, "solve")[-(-done // n) :]
     at_once = max(1, 2 * config.sampling.max_batch // config.samples)
     for start in range(0, len(bundles), at_once):
         chunk = bundles[start : start + at_once]
-        groups = job.sampler.generate([as_request(bundle) for bundle in chunk], params)
+        asked = sum(len(bundle.problems) for bundle in chunk)
+
+        def show(finished: int, total: int, before: int = done + start * n, asked: int = asked) -> None:
+            progress(before + asked * finished / total)
+
+        groups = job.sampler.generate([as_request(bundle) for bundle in chunk], params, show)
         records: list[dict[str, Any]] = []
         for bundle, group in zip(chunk, groups, strict=True):
             readings = [dialect.read(rollout.token_ids, rollout.finish, len(bundle.problems)) for rollout in group]
@@ -207,7 +212,6 @@ def solve(job: Job, n: int, done: int, progress: Callable[[int], None]) -> Itera
         for record, found in zip(records, agree([record["answers"] for record in records], job.grader), strict=True):
             record.update(answer=found.answer, agreement=found.share)
         yield [{key: record[key] for key in ("id", "answer", "agreement", "answers", "tokens")} for record in records]
-        progress(sum(len(bundle.problems) for bundle in chunk))
 
 
 def resume(answers: Path, n: int, problems: Sequence[Problem]) -> int:
@@ -235,7 +239,7 @@ def run(job: Job) -> None:
             console.print(f"{done} of {len(job.problems)} problems were answered before; going on.")
         bar = bars.add_task(f"N = {n}", total=len(job.problems), completed=done)
         with job.answers.open("a", encoding="utf-8") as file:
-            for records in solve(job, n, done, lambda count: bars.advance(bar, count)):
+            for records in solve(job, n, done, lambda solved: bars.update(bar, completed=solved)):
                 file.writelines(json.dumps(record) + "\n" for record in records)
                 file.flush()
         seconds = time.perf_counter() - begun

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -112,16 +113,18 @@ def shown(found: Summary, scale: float) -> str:
 
 
 def lengths(summary: Summary) -> Numbers:
-    """The task-scaling law of every cell: the exponent of tokens ~ N^-exponent, seed by seed, and tokens at the last N less the first."""
+    """The task-scaling law of every cell: the exponent of tokens ~ N^-exponent, of the mean and seed by seed; how far a mean lies from the
+    fitted law at the most; tokens at the last N less the first."""
     sizes = summary["measurement"]["sizes"]
-    head = ["", "seeds", "exponent", "of each seed", f"tokens at N = {sizes[-1]} less N = {sizes[0]}", "falls at every step"]
+    ends = f"tokens at N = {sizes[-1]} less N = {sizes[0]}"
     rows = []
     for cell in summary["cells"].values():
-        law = cell["law"]
+        law, seeds = cell["law"], str(len(cell["seeds"]))
         each = ", ".join(f"{exponent:.3f}" for exponent in law["by_seed"])
+        off = f"{max(abs(math.expm1(residual)) for residual in law['residuals']):.0%}"
         steady = f"{sum(law['monotone_by_seed'])} of {len(law['monotone_by_seed'])}"
-        rows.append([cell["title"], str(len(cell["seeds"])), f"{law['exponent']:.3f}", each, shown(law["last_less_first"], 1.0), steady])
-    return made(head, rows)
+        rows.append([cell["title"], seeds, f"{law['exponent']:.3f}", each, off, shown(law["last_less_first"], 1.0), steady])
+    return made(["", "seeds", "exponent", "of each seed", "off by up to", ends, "falls at every step"], rows)
 
 
 def breakdown(summary: Summary, names: Sequence[str] | None = None) -> Numbers:

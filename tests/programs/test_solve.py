@@ -72,6 +72,16 @@ def test_answers_are_on_disk_before_the_end(problems, monkeypatch):
     assert read(problems.with_suffix(".answers.jsonl")) == taken
 
 
+def test_progress_is_told_while_a_round_is_under_way(problems):
+    job, told = prepare(compose("solve", [f"input={problems}", *FEW, "n=3"], SolveConfig)), []
+    with job.grader:
+        rounds = solve.solve(job, 3, 0, told.append)
+        assert len(next(rounds)) == 17
+        assert len(told) > 1
+        assert told == sorted(told)
+        assert told[-1] == 17
+
+
 def test_cut_distributions_are_sampled_from(problems):
     """Of one token nothing is left to chance: all samples agree."""
     records = read(solved(problems, "n=3", "samples=3", "sampling.top_k=1"))
