@@ -50,8 +50,8 @@ def reward_of(token_ids: list[int]) -> float:
 
 
 def least_flop(config: DecoderConfig) -> dict[str, float]:
-    """The multiply-adds, two each, that no way of doing this work avoids, by phase: each prompt goes through the model once in sampling,
-    the head meets completions alone, attention what precedes a token, and learning is a forward and a backward of twice that."""
+    """The multiply-adds, two each, that no way of doing this work avoids, by phase. Each prompt goes through the model once, the head meets
+    completions alone, attention what precedes a token: so in sampling. Learning is a forward over the same and a backward of twice that."""
     matrices = sum(p.numel() for p in Decoder(config).parameters() if p.dim() == 2) - config.vocab_size * config.hidden_size
     head, width = config.vocab_size * config.hidden_size, config.num_attention_heads * config.head_dim * config.num_hidden_layers
     rows, length = PROMPTS * GROUP, PROMPT + NEW - 1
@@ -62,15 +62,16 @@ def least_flop(config: DecoderConfig) -> dict[str, float]:
 
     sampling = 2 * matrices * (PROMPTS * PROMPT + rows * (NEW - 1)) + 2 * head * rows * NEW
     sampling += PROMPTS * attention(0, PROMPT) + rows * attention(PROMPT, length)
-    learning = 3 * (2 * matrices * rows * length + 2 * head * rows * NEW + rows * attention(0, length))
-    return {"sampling": sampling, "learning": learning}
+    return {"sampling": sampling, "learning": 3 * sampling}
 
 
-def ours(steps: int) -> tuple[dict[str, Any], float]:
-    """Median seconds by phase, and the peak of the resident set in bytes; the first step warms up."""
+def ours(steps: int, share_prompts: int = 1) -> tuple[dict[str, Any], float]:
+    """Median seconds by phase, and the peak of the resident set in bytes; the first step warms up. `share_prompts=0`: the learner takes
+    each rollout with a prompt of its own."""
     model, cpu = small_qwen3(), torch.device("cpu")
     sampler = Sampler(model)
-    learner = Learner(model, OptimizerConfig(pack_tokens=4096), LossConfig(aggregation="token-mean"), OffPolicyConfig(), 1.0, cpu)
+    optimizer, loss = OptimizerConfig(pack_tokens=4096, share_prompts=bool(share_prompts)), LossConfig(aggregation="token-mean")
+    learner = Learner(model, optimizer, loss, OffPolicyConfig(), 1.0, cpu)
     requests = [Request(str(number), prompt, NEW) for number, prompt in enumerate(prompts())]
     clock, phases, peak = Clock(), list[dict[str, float]](), _resident_peak()
     for step in range(steps + 1):

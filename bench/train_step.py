@@ -5,8 +5,9 @@
     demo      a step of the demo's training on a CPU, by phase, with a profile
     learner   one update from packs of 16,384 tokens in the shape of Qwen3-0.6B, with MFU: for CUDA
 
-Without a name: rl and demo, or where CUDA is, learner. Limits are the multiply-adds that cannot be avoided over the matmul rate
-measured in the same run. `micro_batch`: the rollouts of one of TRL's passes. The last line is one JSON object.
+Without a name: rl and demo, or where CUDA is, learner. Limits are the multiply-adds that cannot be avoided (each prompt
+once, in learning too) over the matmul rate measured in the same run.
+`micro_batch`: the rollouts of one of TRL's passes. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from bcr.learner.losses import Denominators, LossConfig
 from bcr.learner.packs import Example, make_pack
 from bcr.learner.step import OptimizerConfig, optimizer_step
 from bcr.model import ops
-from bcr.model.attention import PackedAttention
+from bcr.model.attention import PackedAttention, flash_attention, varlen_attention
+from bcr.model.readers import Readers
 from bcr.model.rotary import Rotary
 from bcr.records import Request, Segment
 from bcr.sampler import Sampler, SamplingParams
@@ -78,6 +79,33 @@ def test_varlen_attention(parents, heads):
     inputs = [random(sum(LENGTHS), count, 64, dtype=torch.bfloat16, seed=count) for count in (heads[0], heads[1], heads[1])]
     wanted = gradients(attention.padded, [tensor.double() for tensor in inputs])
     assert relative_error(gradients(lambda *qkv: attention(0, *qkv), inputs), wanted) < 2e-2
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+@pytest.mark.parametrize("way", ["flash-attn", "torch varlen"])
+def test_varlen_attention_after_parents(way, heads):
+    """Fewer queries than keys: the causal mask must end at the last of both. With gradients, which repeat themselves to the last bit."""
+    if way not in ops.available_here():
+        pytest.skip(f"{way} is not here")
+    attention = PackedAttention(LENGTHS, torch.device("cuda"), [-1, 0, 0, -1, 3])
+    inputs = [random(sum(LENGTHS), count, 64, dtype=torch.bfloat16, seed=count) for count in (heads[0], heads[1], heads[1])]
+    run = flash_attention if way == "flash-attn" else varlen_attention
+    wanted = gradients(attention.padded, [tensor.double() for tensor in inputs])
+    assert relative_error(gradients(lambda *qkv: attention.end_to_end(run, *qkv), inputs), wanted) < 2e-2
+    apart = PackedAttention([5, 69, 6, 130, 163], torch.device("cuda"))  # each with a copy of its parent before it
+    rows = torch.cat([torch.arange(a, b) for a, b in [(0, 5), (0, 69), (0, 5), (69, 70), (70, 200), (70, 233)]]).cuda()
+    kept = torch.cat([torch.arange(a, b) for a, b in [(0, 5), (10, 74), (79, 80), (80, 210), (340, 373)]]).cuda()
+    copies = gradients(lambda *qkv: apart.padded(*(x[rows] for x in qkv))[kept], [tensor.double() for tensor in inputs])
+    assert relative_error(wanted, copies) < 1e-10
+
+
+def test_what_readers_say_is_added_up_in_one_order():
+    rows = torch.randint(100, (5000,), device="cuda")
+    told = random(5000, 256, dtype=torch.bfloat16)
+    first, second = (Readers(rows, 100).added_up(told) for _ in range(2))
+    assert torch.equal(first, second)
+    exact = torch.zeros(100, 256, dtype=torch.float64, device="cuda").index_add_(0, rows, told.double())
+    assert relative_error([first], [exact]) < 5e-3
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

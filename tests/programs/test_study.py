@@ -131,6 +131,8 @@ def test_a_result_of_other_settings_is_refused_or_replaced(folder):
     assert differences(result, cell) == []
     del result["config"]["reward.kind"]  # as a result from before this setting existed
     assert differences(result, cell) == []
+    assert result["config"].pop("optimizer.share_prompts") is False  # younger than the committed results, which had no other layout
+    assert differences(result, cell) == []
     result["config"]["optimizer.lr"] = 1.0
     assert differences(result, cell) == ["optimizer.lr was 1.0 and is 0.0002"]
 
