@@ -35,7 +35,8 @@ def test_the_learner_bench_runs_on_a_cpu():
 def test_the_arithmetic_of_an_update_is_what_torch_counts():
     """But for attention, of which torch counts both halves, and two of the head's three products: it does not count `addmm_`."""
     lengths, prompt = [32, 32], 8
-    examples = [example(TINY.vocab_size, length, prompt, torch.Generator().manual_seed(0)) for length in lengths]
+    generator = torch.Generator().manual_seed(0)  # one for all: each has a prompt of its own
+    examples = [example(TINY.vocab_size, length, prompt, generator) for length in lengths]
     pack = make_pack(examples, LossConfig(), Denominators.of(one.segments for one in examples))
     with FlopCounterMode(display=False) as counter:
         pack_loss(Decoder(TINY).init_weights(0), pack, LossConfig().rule(), 1.0)[0].backward()
