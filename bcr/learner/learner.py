@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ from bcr.learner.losses import Denominators, LossConfig
 from bcr.learner.off_policy import OffPolicyConfig, Share, measures, together
 from bcr.learner.packs import Example, Pack, make_pack, pack_examples, places, silent_pack
 from bcr.learner.probe import fitting_pack
+from bcr.learner.reference import Reference
 from bcr.learner.step import OptimizerConfig, gradient_norm, optimizer_step, pack_loss
 from bcr.model import Decoder
 from bcr.parallel.ranks import Ranks
@@ -65,16 +65,9 @@ class Learner:
         self.temperature, self.device = temperature, device
         self.model = model if mesh is None else shard(model, mesh)
         self.optimizer = optimizer.build(self.model)
-        self.reference = self._frozen(model, mesh) if loss.kl_coef > 0 else None
+        self.reference = Reference(self.model, model, mesh) if loss.kl_coef > 0 else None
         self.pack_tokens = optimizer.pack_tokens
         self._published = False
-
-    @staticmethod
-    def _frozen(model: Decoder, mesh: DeviceMesh | None) -> Decoder:
-        if mesh is not None:
-            return shard(model, mesh, trained=False)
-        frozen = {id(weight): weight for weight in model.parameters() if not weight.requires_grad}  # shared, not copied
-        return copy.deepcopy(model, frozen).requires_grad_(False)
 
     def learn(self, examples: Sequence[Example], step: int) -> Learned:
         """The updates of step `step` (from 0) of a process alone; the examples are in the order of their bundles."""
@@ -130,7 +123,10 @@ class Learner:
         """The shares, their live examples with the learner's own log-probs and the reference's, where the loss needs them."""
         live = [example for share in shares for example in share.examples if self.is_live(example)]
         own = self._logprobs(self.model, live) if self.loss.importance_cap is not None else {}
-        reference = self._logprobs(self.reference, live) if self.reference is not None else {}
+        reference = {}
+        if self.reference is not None:
+            with self.reference.model() as model:
+                reference = self._logprobs(model, live)
         if not own and not reference:
             return shares
 

@@ -1,5 +1,6 @@
 """Adapters against `peft`: files both ways, logits, gradients; what they cost the optimizer; and what is refused."""
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable
@@ -158,23 +159,23 @@ def test_the_optimizer_holds_the_adapters_alone_and_the_base_stays(dtype: torch.
     assert moved == {name for name in before if ".lora_" in name}
 
 
-def test_a_frozen_reference_shares_the_base(make_decoder: Callable) -> None:
-    """What `Learner` does for a KL term: the adapters are copied, everything else is the model's own."""
-    from bcr.learner.learner import Learner
-    from bcr.learner.losses import LossConfig
-    from bcr.learner.off_policy import OffPolicyConfig
+def test_the_reference_of_adapters_holds_no_second_base(make_decoder: Callable) -> None:
+    """What `Learner` does for a KL term: only the adapters are copied, and the present ones are back afterwards, whatever happens."""
+    from bcr.learner.reference import Reference
 
     model = adapted(make_decoder(), LoraConfig(rank=2))
-    reference = Learner(model, OptimizerConfig(), LossConfig(kl_coef=0.1), OffPolicyConfig(), 1.0, torch.device("cpu")).reference
-    assert reference is not None
-    pairs = {name: (weight, dict(reference.named_parameters())[name]) for name, weight in model.named_parameters()}
-    assert all((own.data_ptr() == other.data_ptr()) == (".lora_" not in name) for name, (own, other) in pairs.items())
-    assert all(weight.requires_grad == (".lora_" in name) for name, weight in model.named_parameters())
-    before = logits(reference)
+    reference, before = Reference(model, model, None), logits(model)
     with torch.no_grad():
         model.layers[1].mlp.down_proj.lora_B.add_(1.0)  # type: ignore[union-attr, operator]
-    assert torch.equal(logits(reference), before)
-    assert not torch.equal(logits(model), before)
+    after = logits(model)
+    assert not torch.equal(after, before)
+    with contextlib.suppress(KeyError), reference.model() as started:
+        assert started is model
+        assert torch.equal(logits(started), before)
+        raise KeyError
+    assert torch.equal(logits(model), after)
+    assert reference.copy is None
+    assert {id(weight) for weight in reference.adapters} == {id(weight) for weight in model.parameters() if weight.requires_grad}
 
 
 def test_merging_in_bfloat16_rounds_once(make_decoder: Callable) -> None:
