@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from bcr.model import Decoder
@@ -38,7 +39,7 @@ class Reference:
 
 
 @torch.no_grad()
-def put(values: dict[torch.Tensor, torch.Tensor]) -> None:
+def put(values: Mapping[nn.Parameter, Tensor]) -> None:
     for weight, value in values.items():
         weight.copy_(value)
 

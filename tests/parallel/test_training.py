@@ -120,26 +120,42 @@ def test_another_number_of_ranks_resumes(before: int, after: int, one: Path, two
         close(left, right, 1e-3)
 
 
-def test_adapters_are_the_same_run_on_two_ranks(tmp_path: Path) -> None:
-    """With the reference of a KL term; resumed bit for bit; from one rank to two and back; the same files, and state for adapters alone."""
-    lora = ["steps=4", "checkpoint_every=2", "optimizer.lr=0.001", "loss.kl_coef=0.1"]
-    lora += ["model.lora.rank=3"]  # which two ranks cannot share evenly
-    one, two = (train(ranks, tmp_path / str(ranks) / "run", *lora) for ranks in (1, 2))
-    are_the_same_run(one, two)
-    folders = [folder / "checkpoints" / "latest" / "adapter" for folder in (one, two)]
+LORA = [
+    "steps=4",
+    "checkpoint_every=2",
+    "optimizer.lr=0.001",
+    "loss.kl_coef=0.1",
+    "model.lora.rank=3",
+]  # which two ranks cannot share evenly
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs that train adapters, with the reference of a KL term, by their number of ranks."""
+    return {ranks: train(ranks, tmp_path_factory.mktemp("adapters") / "run", *LORA) for ranks in (1, 2)}
+
+
+def test_adapters_are_the_same_run_on_two_ranks(adapters: dict[int, Path]) -> None:
+    """The same files of the same run, and optimizer state for adapters alone."""
+    are_the_same_run(adapters[1], adapters[2])
+    folders = [run / "checkpoints" / "latest" / "adapter" for run in adapters.values()]
     assert len({(folder / "adapter_config.json").read_text() for folder in folders}) == 1
     left, right = (load_file(folder / "adapter_model.safetensors") for folder in folders)
     assert left.keys() == right.keys()
     assert all((left[name] - right[name]).abs().max() < 1e-4 for name in left)
     assert any(tensor.abs().max() > 1e-3 for name, tensor in right.items() if "lora_B" in name), "they have learnt"
-    names = FileSystemReader(two / "checkpoints" / "latest" / "training").read_metadata().state_dict_metadata
+    names = FileSystemReader(adapters[2] / "checkpoints" / "latest" / "training").read_metadata().state_dict_metadata
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in names if name.startswith("optimizer.")} == {"lora_A", "lora_B"}
-    again = train(2, cut_off(two, tmp_path / "again"), *lora)
-    assert files(again) == files(two)
-    for before, after in ((one, 2), (two, 1)):
-        across = train(after, cut_off(before, tmp_path / f"to {after}"), *lora)
-        for step, other in zip(read(one / "metrics.jsonl"), read(across / "metrics.jsonl"), strict=True):
-            close(step, other, 1e-3)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
+def test_adapters_resume_on_any_number_of_ranks(before: int, after: int, adapters: dict[int, Path], tmp_path: Path) -> None:
+    """On as many as before bit for bit."""
+    again = train(after, cut_off(adapters[before], tmp_path), *LORA)
+    if before == after:
+        assert files(again) == files(adapters[before])
+    for left, right in zip(read(adapters[1] / "metrics.jsonl"), read(again / "metrics.jsonl"), strict=True):
+        close(left, right, 1e-3)
 
 
 @pytest.mark.slow
