@@ -97,12 +97,9 @@ def prepare(config: SolveConfig) -> Job:
         raise ValueError(f"output is {str(answers)!r}, the input itself; name another file.")
     summary = answers.with_suffix(".summary.json")
     n = None if config.n == "auto" else int(config.n)
-    if config.overwrite:
-        answers.unlink(missing_ok=True)
-        summary.unlink(missing_ok=True)
-    elif summary.exists():
+    if summary.exists() and not config.overwrite:
         n = settings_of(summary, config)
-    elif answers.exists():
+    elif answers.exists() and not config.overwrite:
         raise ValueError(f"output {str(answers)!r} exists and was not begun by this program; name another file, or set overwrite=true.")
     known = calibration_problems(config, problems) if n is None else []
     settle_in(config.threads)
@@ -118,6 +115,8 @@ def prepare(config: SolveConfig) -> Job:
         dialect.prompt_ids([problem])  # refuses what cannot be asked
     answers.parent.mkdir(parents=True, exist_ok=True)
     sampler, grader = build_sampler(decoder, config.sampling), build_grader(config.grading)
+    for file in (answers, summary) if config.overwrite else ():
+        file.unlink(missing_ok=True)
     return Job(config, problems, known, n, budget, task, sampler, grader, answers, summary)
 
 

@@ -114,6 +114,9 @@ def test_another_config_or_input_does_not_go_on(problems):
     problems.write_text(problems.read_text().replace("p0", "q0"))
     with pytest.raises(ValueError, match="content of the input"):
         solved(problems, "n=3")
+    with pytest.raises(ValueError, match="N = 7"):
+        solved(problems, "n=7", "overwrite=true")
+    assert read(problems.with_suffix(".answers.jsonl"))[0]["id"] == "p0", "what is refused removes nothing"
     assert read(solved(problems, "n=3", "overwrite=true"))[0]["id"] == "q0"
 
 

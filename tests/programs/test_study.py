@@ -15,7 +15,7 @@ import pytest
 from bcr.records import Verdict
 from bcr.runtime.config import compose, config_folder
 from bcr.runtime.schema import TrainConfig
-from bcr.study import BASE, Listing, StudyConfig, check_listing, collect, prepare, run
+from bcr.study import BASE, MOST_CELLS, CellConfig, Listing, StudyConfig, check_listing, collect, prepare, run
 from bcr.study_cell import LETTERS, Measurement, differences, letters, read_result
 from bcr.tasks.arithmetic import ArithmeticProblems
 
@@ -182,3 +182,10 @@ def test_sizes_and_budgets_are_measured_once_and_in_order(tmp_path):
 def test_a_comparison_names_cells():
     with pytest.raises(ValueError, match=r"compare has \['base', 'x'\]"):
         check_listing(Listing(compare=[["base", "x"]]))
+
+
+def test_a_list_has_at_most_25_cells():
+    cells = {f"cell_{k}": CellConfig() for k in range(MOST_CELLS)}
+    check_listing(Listing(cells=cells))
+    with pytest.raises(ValueError, match=r"^experiment.cells has 26 cells; more than 25 are several experiments\.$"):
+        check_listing(Listing(cells={**cells, "one_more": CellConfig()}))
