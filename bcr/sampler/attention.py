@@ -18,6 +18,8 @@ from bcr.sampler.batch import Batch
 from bcr.sampler.kv_cache import KVCache
 from bcr.sampler.scheduler import Chunk
 
+CUT_BYTES = 1 << 20  # of keys and values: to read them takes as long as the calls for one more piece of rows
+
 
 @dataclass(frozen=True)
 class Run:
@@ -46,7 +48,8 @@ class CachedAttention:
             positions = torch.arange(chunk.start, chunk.start + len(chunk.token_ids), device=device)
             self.blocks = torch.cat([self.blocks, blocks[positions // size]])
             self.places = torch.cat([self.places, positions % size])
-        self.runs = [self._run(batch, table, rows) for rows in stretches(batch, size)]
+        place_bytes = 2 * cache.keys[0].shape[1] * cache.keys[0].shape[3] * cache.memory.itemsize
+        self.runs = [self._run(batch, table, rows) for rows in stretches(batch, size, place_bytes)]
         self.padded: Tensor | None = None
 
     def _run(self, batch: Batch, table: Tensor, rows: slice) -> Run:
@@ -83,14 +86,41 @@ class CachedAttention:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def stretches(batch: Batch, block_size: int) -> list[slice]:
-    """Rows that can be read together: on neighbouring blocks where a block holds a whole request, all rows where blocks are gathered."""
+def stretches(batch: Batch, block_size: int, place_bytes: int) -> list[slice]:
+    """Rows that are read together: all of them where blocks are gathered; else those on neighbouring blocks, cut where it is worth it."""
     rows = len(batch.drafts)
     if rows and readable(max(draft.cached for draft in batch.drafts)) > block_size:
         return [slice(0, rows)]
-    first = [draft.blocks[0] for draft in batch.drafts]
-    borders = [0, *(row for row in range(1, rows) if first[row] != first[row - 1] + 1), rows]
-    return [slice(start, stop) for start, stop in itertools.pairwise(borders) if start < stop]
+    if batch.cuts is None:  # they stay as long as the rows do, for all contexts grow alike
+        first = [draft.blocks[0] for draft in batch.drafts]
+        borders = [0, *(row for row in range(1, rows) if first[row] != first[row - 1] + 1), rows]
+        held = [draft.cached for draft in batch.drafts]
+        batch.cuts = [
+            slice(*cut)
+            for start, stop in itertools.pairwise(borders)
+            for cut in worthwhile_cuts(held, start, stop, place_bytes)
+            if start < stop
+        ]
+    return batch.cuts
+
+
+def worthwhile_cuts(held: Sequence[int], start: int, stop: int, place_bytes: int) -> list[tuple[int, int]]:
+    """Rows start .. stop-1 in pieces: cut again and again where that spares the most, as long as it spares CUT_BYTES of each layer.
+
+    A piece is read as far as its longest context, held[row]; `place_bytes` are the key and value of one place in one layer.
+
+    >>> worthwhile_cuts([900, 800, 810, 50, 60], 0, 5, place_bytes=1024)
+    [(0, 3), (3, 5)]
+    """
+    if stop - start < 2:
+        return [(start, stop)]
+    before = list(itertools.accumulate(held[start:stop], max))
+    after = list(itertools.accumulate(reversed(held[start:stop]), max))[::-1]
+    count, longest = stop - start, before[-1]
+    spared, best = max(((longest - before[k - 1]) * k + (longest - after[k]) * (count - k), k) for k in range(1, count))
+    if spared * place_bytes < CUT_BYTES:
+        return [(start, stop)]
+    return [piece for a, b in ((start, start + best), (start + best, stop)) for piece in worthwhile_cuts(held, a, b, place_bytes)]
 
 
 def read(cached: Tensor, run: Run) -> Tensor:

@@ -19,6 +19,7 @@ class Batch:
         self.device = device
         self.drafts: list[Draft] = []
         self.blocks: list[list[int]] = []
+        self.cuts: list[slice] | None = None  # which rows attention reads together; it finds that out
         self.token = self.position = self.generated = self.key = torch.zeros(0, dtype=torch.int64, device=device)
         self.table = torch.zeros(0, 1, dtype=torch.int32, device=device)
 
@@ -26,8 +27,9 @@ class Batch:
         """Take in who runs now. A row that stays keeps its token on the device: the host may not have seen it yet."""
         if live != self.drafts:
             self._replace(live)
+            self.cuts = None
         if [draft.blocks for draft in live] != self.blocks:
-            self.blocks = [list(draft.blocks) for draft in live]
+            self.blocks, self.cuts = [list(draft.blocks) for draft in live], None
             width = max(map(len, self.blocks), default=1)
             self.table = upload([row + [0] * (width - len(row)) for row in self.blocks], torch.int32, self.device).view(len(live), width)
 

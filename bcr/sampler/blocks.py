@@ -56,10 +56,14 @@ class BlockAllocator:
             if self.references[block] == 0:
                 heapq.heappush(self._free, block)
 
-    def lower(self, block: int) -> int | None:
-        """A free block below `block`, taken in its stead, for a sequence that moves there; None where there is none."""
-        if not self._free or self._free[0] > block or self.references[block] != 1:
-            return None
-        (target,) = self.allocate(1)  # type: ignore[misc]
-        self.release([block])
-        return target
+    @property
+    def packed(self) -> bool:
+        """Whether no free block lies below one in use."""
+        return not self._free or self._free[0] >= self.count - self.free
+
+    def pack(self) -> None:
+        """Their holders have moved into the lowest blocks, where none is shared."""
+        assert max(self.references) <= 1, "shared blocks cannot move"
+        used = self.count - self.free
+        self.references = [1] * used + [0] * self.free
+        self._free = list(range(used, self.count))

@@ -41,15 +41,16 @@ class KVCache:
         self.values[layer][blocks, :, places] = value
 
     def copy(self, copies: Sequence[tuple[int, int, int]]) -> None:
-        """Copy (source, target, tokens) of blocks; no target is a source. As many tokens of each as of the longest."""
+        """Copy (source, target, tokens) of blocks, all at once: a target may be a source. As many tokens of each as of the longest."""
         if not copies:
             return
         longest = max(count for _, _, count in copies)
         sources, targets = upload([copy[:2] for copy in copies], torch.int64, self.device).t()
         keys, values = self.memory
         if self.token_major:
-            parts = [keys[:, :, :longest], values[:, :, :longest]]
-        else:
-            parts = [keys.view(*keys.shape[:3], -1, self.block_size)[..., :longest], values[:, :, :, :longest]]
+            parts, dim = [keys[:, :, :longest], values[:, :, :longest]], 1
+        else:  # a layer at a time, for what is on its way takes memory
+            lying = keys.view(*keys.shape[:3], -1, self.block_size)[..., :longest]
+            parts, dim = [*lying.unbind(0), *values[:, :, :, :longest].unbind(0)], 0
         for part in parts:
-            part.index_copy_(1, targets, part.index_select(1, sources))
+            part.index_copy_(dim, targets, part.index_select(dim, sources))

@@ -15,6 +15,7 @@ from bcr.records import Request
 from bcr.sampler.blocks import BlockAllocator
 
 Copy = tuple[int, int, int]  # (source block, target block, how many tokens of it)
+LIKE = 64  # contexts that differ by less are of like length
 
 
 @dataclass(eq=False)
@@ -79,19 +80,21 @@ class Scheduler:
     """At most `max_rows` drafts decode at once and at most `step_tokens` tokens go through the model in a step, decoding ones first.
 
     Requests with the largest budgets start first, which shortens the tail in which few rows are left. `in_place`: where a block holds a
-    whole request, keep those in use together, for a path that reads them as one piece.
+    whole request, keep those in use together, for a path that reads them in few pieces; where there are rows for all at once, the
+    shortest prompts start first, so that neighbours have contexts of like length.
     """
 
     def __init__(
         self, families: Sequence[Family], allocator: BlockAllocator, *, max_rows: int, step_tokens: int, in_place: bool = True
     ) -> None:
-        by_budget = sorted(families, key=lambda family: -family.waiting[0].request.max_new_tokens)
-        self.queue = deque(by_budget)
+        together = in_place and sum(len(family.waiting) for family in families) <= max_rows
+        key = (lambda family: family.prefix) if together else (lambda family: -family.waiting[0].request.max_new_tokens)
+        self.queue = deque(sorted(families, key=key))
         self.allocator, self.max_rows, self.step_tokens = allocator, max_rows, step_tokens
         longest = max(len(family.prompt_ids) + family.waiting[0].request.max_new_tokens for family in families)
         self.in_place = in_place and allocator.needed(longest) == 1
         self.live: list[Draft] = []
-        self.preemptions = 0
+        self.preemptions = self.steps = 0
 
     @property
     def done(self) -> bool:
@@ -99,6 +102,7 @@ class Scheduler:
 
     def schedule(self, drain: Callable[[], None]) -> Plan:
         """The next step. `drain()` waits for the tokens of the steps under way; finished drafts leave meanwhile."""
+        self.steps += 1
         forks = self._seat()
         self._grow(drain)
         moves = [] if self.queue or not self.in_place else self._compact()
@@ -174,14 +178,22 @@ class Scheduler:
                         self._preempt(self.live[-1])
 
     def _compact(self) -> list[Copy]:
-        """Move drafts down into free blocks, so that the blocks in use lie together and are read as one piece."""
+        """Move drafts so that the blocks in use lie together, shorter contexts below longer ones, up to LIKE; few of each length move."""
+        if self.allocator.packed:
+            return []
+        lengths: dict[int, list[Draft]] = {}
+        for draft in self.live:
+            lengths.setdefault((draft.cached - self.steps) // LIKE, []).append(draft)  # the same number as long as a draft runs
         moves: list[Copy] = []
-        for draft in sorted(self.live, key=lambda draft: -draft.blocks[0]):
-            target = self.allocator.lower(draft.blocks[0])
-            if target is None:
-                break
-            moves.append((draft.blocks[0], target, draft.cached))
-            draft.blocks = [target]
+        first = 0
+        for _, alike in sorted(lengths.items()):
+            theirs = range(first, first := first + len(alike))
+            gaps = set(theirs) - {draft.blocks[0] for draft in alike}
+            for draft in alike:
+                if draft.blocks[0] not in theirs:
+                    moves.append((draft.blocks[0], gaps.pop(), draft.cached))
+                    draft.blocks = [moves[-1][1]]
+        self.allocator.pack()
         return moves
 
     def _preempt(self, draft: Draft) -> None:

@@ -3,6 +3,7 @@
 import functools
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bcr.model import Decoder
-from bcr.sampler import Request, Rollout, Sampler, SamplingParams, invariance
+from bcr.sampler import Request, Rollout, Sampler, SamplingParams, attention, invariance, scheduler
 from bcr.sampler.kv_cache import KVCache
 from tests.sampler.cases import CPU, MIXED, SAMPLED, STOPS, by_id, make_requests
 
@@ -79,6 +80,24 @@ def test_a_small_cache_runs_fewer_at_a_time_and_changes_nothing(make_decoder) ->
     assert tight._cache is not None
     assert roomy._cache is not None
     assert tight._cache.blocks < roomy._cache.blocks
+
+
+def test_rows_read_in_many_pieces_are_the_same(make_decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut wherever a place is spared, and kept in the order of their lengths to within 4 places."""
+    whole, pieces = undisturbed(make_decoder), 0
+    monkeypatch.setattr(attention, "CUT_BYTES", 1)
+    monkeypatch.setattr(scheduler, "LIKE", 4)
+
+    def counted(*given: Any) -> list[slice]:
+        nonlocal pieces
+        found = stretches(*given)
+        pieces = max(pieces, len(found))
+        return found
+
+    stretches = attention.stretches
+    monkeypatch.setattr(attention, "stretches", counted)
+    assert by_id(Sampler(make_decoder()).generate(MIXED, SAMPLED)) == whole
+    assert pieces > 5
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)

@@ -1,5 +1,7 @@
 """Whoever runs, waits or is thrown out: every draft finishes once, reads its own tokens alone, and no block is lost."""
 
+import itertools
+import random
 from collections import deque
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from bcr.model import DecoderConfig
 from bcr.records import Request
+from bcr.sampler import scheduler as scheduling
 from bcr.sampler.blocks import BlockAllocator
 from bcr.sampler.kv_cache import KVCache
 from bcr.sampler.scheduler import Draft, Family, Plan, Scheduler
@@ -40,10 +43,12 @@ def test_blocks_are_counted_right_in_any_order_of_use(count: int, size: int, act
         elif action == 2 and held:
             allocator.release(held.pop(number % len(held))[0])
         elif action == 3 and held:
-            blocks, length = held[number % len(held)]
-            if blocks and (target := allocator.lower(blocks[-1])) is not None:
-                assert target < blocks[-1]
-                blocks[-1] = target
+            assert allocator.packed == all(allocator.references[: count - free])
+            if max(allocator.references) <= 1:
+                allocator.pack()
+                assert allocator.packed
+                taken = itertools.count()
+                held = [([next(taken) for _ in blocks], length) for blocks, length in held]
         references = [sum(block in blocks for blocks, _ in held) for block in range(count)]
         assert allocator.references == references
         assert allocator.free == references.count(0)
@@ -76,10 +81,9 @@ class Paper:
 
     def carry_out(self, plan: Plan, inputs: dict[Draft, object]) -> None:
         for copies in (plan.forks, plan.moves):
-            assert not {source for source, _, _ in copies} & {target for _, target, _ in copies}
             assert len({target for _, target, _ in copies}) == len(copies)
-            for source, target, length in copies:
-                self.places[target][:length] = self.places[source][:length]
+            for target, found in [(target, self.places[source][:length]) for source, target, length in copies]:  # all at once
+                self.places[target][: len(found)] = found
         for draft in plan.live:
             self.write(draft.blocks, draft.cached - 1, inputs[draft])
         for chunk in plan.chunks:
@@ -153,6 +157,26 @@ def test_every_draft_finishes_once_on_its_own_tokens(
     assert allocator.free == blocks
     if -(-capacity // size) == 1:
         assert scheduler.preemptions == 0
+
+
+def test_blocks_stay_together_and_in_the_order_of_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever ends first: no gap below those that run, and contexts of like length beside each other."""
+    rng, like = random.Random(0), 8
+    monkeypatch.setattr(scheduling, "LIKE", like)
+    requests = [Request(str(number), [0] * rng.randint(1, 60), rng.randint(1, 60)) for number in range(40)]
+    families = [Family(request.prompt_ids, deque([Draft(request, 0, 0)])) for request in requests]
+    scheduler, moved = Scheduler(families, BlockAllocator(40, 120), max_rows=40, step_tokens=10**6), 0
+    while not scheduler.done:
+        plan = scheduler.schedule(drain=lambda: None)
+        moved += len(plan.moves)
+        assert [draft.blocks for draft in plan.live] == [[block] for block in range(len(plan.live))]
+        held = [draft.cached for draft in plan.live]
+        assert all(right > left - like for row, right in enumerate(held) for left in held[:row])
+        for draft in plan.live:
+            draft.token_ids.append(0)
+            if len(draft.token_ids) == draft.request.max_new_tokens:
+                scheduler.finish(draft)
+    assert moved > 40
 
 
 def small_cache(blocks: int, size: int) -> KVCache:
