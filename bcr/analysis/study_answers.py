@@ -89,6 +89,11 @@ def against_rewards(summary: Summary) -> list[str]:
     return tally(summary, [found for found in summary["compare"] if found["one"] == "bcr" and found["control"] not in skip])
 
 
+def mixed_against(summary: Summary) -> list[str]:
+    """BCR at mixed N, its safer recipe, against the cap and the rivals that are not shown to be behind BCR at its own N."""
+    return between(summary, *(("mixed", control) for control in ("same_cap", "truncation", "dler", "dapo", "laser_d_moving")))
+
+
 def tally(summary: Summary, comparisons: list[Summary]) -> list[str]:
     """Which rivals are ahead of BCR, behind it, or neither, in accuracy and in length, alone and at the N that BCR was trained at."""
     said = []
@@ -232,6 +237,7 @@ QUESTIONS: dict[str, Callable[[Summary], list[str]]] = {
     "beyond_a_pool": beyond_a_pool,
     "plain_grpo": plain_grpo,
     "against_rewards": against_rewards,
+    "mixed_against": mixed_against,
     "lengths": of_lengths,
     "long_recipe": long_recipe,
     "positions": positions,

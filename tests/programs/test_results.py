@@ -14,6 +14,7 @@ from bcr.results import BLOCK, BLOCKS, main, read_summaries, render
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "results.md"
 DATA = DOCUMENT.with_suffix("")
+WIDEST = 8.5  # pixels of a character, in any reader's font
 
 
 def test_the_document_is_what_its_data_says():
@@ -36,6 +37,10 @@ def test_the_figures_are_those_of_the_data():
         assert drawing.get("aria-label")
         assert f"results/{name}.svg" in DOCUMENT.read_text()
         assert not re.search(r"(href|src)=", file.read_text())
+        left = float(drawing.get("viewBox").split()[0])
+        texts = drawing.iter("{http://www.w3.org/2000/svg}text")
+        starts = [float(text.get("x")) - WIDEST * len(text.text) for text in texts if text.get("text-anchor") == "end"]
+        assert all(start > left for start in starts), f"{file.name}: words are cut at the left"
 
 
 def test_the_data_is_small_and_of_the_listed_studies():
