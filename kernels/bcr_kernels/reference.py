@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bcr_kernels._checks import IGNORED
@@ -24,6 +25,7 @@ FORWARD_ELEMENTS = 1 << 23  # logits in memory at a time in the forward: 32 MiB 
 POLICY_ELEMENTS = 1 << 25  # in the policy loss, which keeps whole rows: 128 MiB of float32
 FORWARD_ROWS = 1024
 VOCAB_BLOCK = 8192
+FEWEST_ROWS = 16  # of a product with the weight on a CPU: of fewer, a row has other bits, the more so on several threads
 TAKEN_OUT = -1e30  # a logit whose exponential is 0, finite so that 0 * logit is 0
 
 
@@ -252,8 +254,10 @@ class _OnlineSoftmax:
 
 
 def _logits(hidden: Tensor, weight: Tensor, inv_temperature: Tensor) -> Tensor:
-    """[R, B] in the compute dtype."""
-    return matmul(hidden, weight.t()).mul_(inv_temperature[:, None])
+    """[R, B] in the compute dtype. On a CPU a row has the same bits among few others and among many."""
+    rows = hidden.shape[0]
+    missing = max(0, FEWEST_ROWS - rows) if hidden.device.type == "cpu" else 0
+    return matmul(F.pad(hidden, (0, 0, 0, missing)), weight.t())[:rows].mul_(inv_temperature[:, None])
 
 
 def _take_target_out(logits: Tensor, targets: Tensor, first: int, otherwise: Tensor) -> Tensor:

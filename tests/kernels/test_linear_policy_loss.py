@@ -182,11 +182,12 @@ def test_repeated_calls_are_bitwise_equal() -> None:
 
 
 def test_inactive_tokens_never_enter_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No segment, advantage 0, weight 0, target -100: of ten tokens one is left; with a KL term the one of advantage 0 stays too."""
-    hidden, weight, targets, arguments = prepared(10)
-    arguments |= {"segment_ids": torch.tensor([-1] * 6 + [0, 1, 1, 1]), "advantages": torch.tensor([0.0, 2.0]), "weights": torch.ones(10)}
+    """No segment, advantage 0, weight 0, target -100: of 30 tokens 20 are left; with a KL term the one of advantage 0 stays too."""
+    hidden, weight, targets, arguments = prepared(30)
+    arguments |= {"segment_ids": torch.tensor([-1] * 6 + [0] + [1] * 23), "advantages": torch.tensor([0.0, 2.0]), "weights": torch.ones(30)}
+    left = [7, *range(11, 30)]
     arguments["old_logprobs"] = materialised_logprob(hidden, weight, targets).logprob  # on policy: nothing is clipped
-    arguments["weights"][8], targets[9] = 0, -100
+    arguments["weights"][8:10], targets[10] = 0, -100
     hidden[:6] = float("nan")
     rows = []
     original = reference.matmul
@@ -194,19 +195,19 @@ def test_inactive_tokens_never_enter_a_product(monkeypatch: pytest.MonkeyPatch) 
     h, w = leaves(hidden, weight)
     out = linear_policy_loss(h, w, targets, **arguments)
     out.loss.backward()
-    assert rows == [1]
-    assert out.metrics["tokens"] == 1
-    assert h.grad.abs().sum(1).nonzero().flatten().tolist() == [7]
+    assert rows == [20]
+    assert out.metrics["tokens"] == 20
+    assert h.grad.abs().sum(1).nonzero().flatten().tolist() == left
     assert h.grad.isfinite().all()
     assert w.grad.isfinite().all()
-    assert out.logprobs.nonzero().flatten().tolist() == [7]
+    assert out.logprobs.nonzero().flatten().tolist() == left
 
     rows.clear()
     out = linear_policy_loss(
         h, w, targets, **(arguments | {"rule": LossRule(kl_coef=0.1)}), reference_logprobs=arguments["old_logprobs"] - 0.1
     )
-    assert rows == [2]
-    assert linear_policy_loss(h, w, targets, **arguments, active_tokens=1).loss == linear_policy_loss(h, w, targets, **arguments).loss
+    assert rows == [21]
+    assert linear_policy_loss(h, w, targets, **arguments, active_tokens=20).loss == linear_policy_loss(h, w, targets, **arguments).loss
 
 
 @pytest.mark.parametrize("how", ["none at all", "all masked", "no segment", "zero advantages"])
