@@ -50,10 +50,10 @@ def test_never_further_from_the_best_than_is_known_of_this_method(prices: list[i
     assert max(loads(prices, parts)) <= bound * best + 1e-9
 
 
-@given(st.integers(2, 16), st.integers(8, 24), st.randoms(use_true_random=False), st.integers(200, 20_000))
+@given(st.integers(2, 16), st.integers(20, 40), st.randoms(use_true_random=False), st.integers(200, 20_000))
 @settings(max_examples=40, deadline=None)
 def test_learning_is_balanced_within_five_percent(ranks: int, each: int, chance, budget: int) -> None:
-    """From 8 rollouts a rank up, of a tenth of the budget to all of it."""
+    """From 20 rollouts a rank up, of a tenth of the budget to all of it. (Of fewer, one that outweighs all others can be more.)"""
     prices = [learning_cost(CONFIG, 60, [chance.randint(budget // 10, budget)]) for _ in range(ranks * each)]
     sums = loads(prices, ranks)
     assert max(sums) <= 1.05 * sum(sums) / ranks
