@@ -13,8 +13,6 @@ from bcr.model import DecoderConfig
 from bcr.parallel.ranks import Ranks
 from bcr.tasks.judging import Judged
 
-UNEVEN = 1.05  # a rank's cost over the mean, above which rollouts of one prompt are rather parted
-
 
 def balanced(costs: Sequence[float], parts: int) -> list[int]:
     """The part of each item, from 0, such that the parts' sums of costs are nearly equal. A pure function of its arguments.
@@ -78,12 +76,12 @@ def own_shares(
 
 
 def rank_of_each(examples: Sequence[Example], cost: Callable[[Sequence[Example]], float], ranks: int, share_prompts: bool) -> list[int]:
-    """The rank of each example. Those of one prompt stay together where that leaves the ranks' costs within UNEVEN; else they are halved,
-    and halved again, down to single examples. Of all ways within UNEVEN the one whose busiest rank has least to do."""
+    """The rank of each example. Those of one prompt together, or halved, and halved again, down to single examples: of these ways the one
+    whose busiest rank has least to do, for a step lasts as long as that one; of equal ones that which parts least."""
     groups = dict[tuple[int, ...] | int, list[int]]()
     for place, example in enumerate(examples):
         groups.setdefault(tuple(example.prompt_ids) if share_prompts else place, []).append(place)
-    items, tried = list(groups.values()), list[tuple[bool, float, list[int]]]()
+    items, tried = list(groups.values()), list[tuple[float, list[int]]]()
     while True:
         costs = [cost([examples[place] for place in item]) for item in items]
         part_of = balanced(costs, ranks)
@@ -93,9 +91,9 @@ def rank_of_each(examples: Sequence[Example], cost: Callable[[Sequence[Example]]
             sums[part] += price
             for place in item:
                 rank_of[place] = part
-        tried.append((max(sums) * ranks > UNEVEN * sum(sums), max(sums), rank_of))
+        tried.append((max(sums), rank_of))
         if ranks == 1 or all(len(item) < 2 for item in items):
-            return min(tried, key=lambda way: way[:2])[2]
+            return min(tried, key=lambda way: way[0])[1]
         items = [half for item in items for half in (item[::2], item[1::2]) if half]
 
 
