@@ -167,7 +167,7 @@ def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool]
     done, offsets = run.resumption.restore(learner, parts, ranks, learners) if run.resumption else (0, {})
     handover.publish(learner, task.model)
     if learner and learners.size > 1 and ranks.device.type == "cuda":
-        learner.probe(run.longest)
+        learner.probe(run.longest, config.bundles.group)
     if learner and handover.samplers:
         learner.drop_copy()
     with (

@@ -101,14 +101,16 @@ class Learner:
         if self.model is not self.whole:
             self.whole.to("meta")
 
-    def probe(self, longest: int) -> None:
-        """Lower `pack_tokens` to what fits into memory on every rank; `longest` is the longest rollout that can come.
+    def probe(self, longest: int, group: int) -> None:
+        """Lower `pack_tokens` to what fits into memory on every rank; `longest` is the longest rollout that can come, `group` the most of
+        one prompt.
 
-        MemoryError where not even that one fits.
+        MemoryError where not even the longest fits.
         """
-        found = fitting_pack(self.whole, self.model, self.loss, self.temperature, max(self.pack_tokens, longest), longest)
+        readers = group if self.config.share_prompts else 0
+        found = fitting_pack(self.whole, self.model, self.loss, self.temperature, self.pack_tokens, longest, readers)
         smallest = min(self.ranks.gather(found))
-        if smallest < longest:
+        if smallest == 0:
             raise MemoryError(no_room(self.device, longest))
         if smallest < self.pack_tokens:
             self.pack_tokens = smallest
@@ -175,11 +177,12 @@ class Learner:
         self.model.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        largest, count = max((places(group, self.config.share_prompts), len(group)) for group in groups)
-        if count == 1:
+        sizes = [(len(group) > 1, places(group, self.config.share_prompts)) for group in groups]
+        several, largest = max(sizes)  # a single rollout may have more places, but one of several may hold more keys and values
+        if not several:
             raise MemoryError(no_room(self.device, largest))
         self.pack_tokens = largest // 2
-        print(f"{self.device} is out of memory for a pack of {largest} tokens; packs have at most {self.pack_tokens} from now on.")
+        print(f"{self.device} is out of memory with a pack of {largest} tokens; packs have at most {self.pack_tokens} from now on.")
 
     def _culprits(self, share: Share) -> list[int]:
         """The examples of all ranks that alone already have a loss or a gradient that is not finite, by their indices.

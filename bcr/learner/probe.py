@@ -21,12 +21,23 @@ from bcr.parallel.sharding import training_memory
 ROW = 1024  # tokens of a dummy sequence: attention keeps nothing quadratic, so longer ones would only take longer
 
 
-def fitting_pack(copy: Decoder, sharded: Decoder, loss: LossConfig, temperature: float, tokens: int, least: int) -> int:
-    """The largest of `tokens`, a half of it, a quarter, ..., that fits; 0 where that would be below `least`, which is tried last."""
-    sizes = [tokens]
+def fitting_pack(copy: Decoder, sharded: Decoder, loss: LossConfig, temperature: float, tokens: int, least: int, group: int = 0) -> int:
+    """The largest of `tokens`, a half of it, a quarter, ..., that fits; 0 where a rollout of `least` tokens does not.
+
+    With `group`, the most rollouts that share a prompt, it has room for their keys and values too, and may be below `least`: a rollout
+    longer than the packs has one of its own, which nothing shares.
+    """
+
+    def has_room(size: int, group: int = 0) -> bool:
+        return fits(copy, sharded, dummy_pack(copy, loss, size, group), loss, temperature)
+
+    sizes = [max(tokens, least)]
     while sizes[-1] > least:
         sizes.append(max(least, sizes[-1] // 2))
-    return next((size for size in sizes if fits(copy, sharded, dummy_pack(copy, loss, size), loss, temperature)), 0)
+    found = min(tokens, next((size for size in sizes if has_room(size)), 0))
+    while group > 1 and found > 1 and not has_room(found, group):
+        found //= 2
+    return found
 
 
 def fits(copy: Decoder, sharded: Decoder, pack: Pack, loss: LossConfig, temperature: float) -> bool:
@@ -65,18 +76,29 @@ def gradients_dropped(model: Decoder) -> Iterator[None]:
         model.zero_grad(set_to_none=True)
 
 
-def dummy_pack(model: Decoder, loss: LossConfig, tokens: int) -> Pack:
-    """`tokens` tokens, all of them with a loss."""
+def dummy_pack(model: Decoder, loss: LossConfig, tokens: int, group: int = 0) -> Pack:
+    """`tokens` tokens, all of them with a loss.
+
+    With `group` every prompt has so many readers of one token each, the most that attention can be asked to hold: nearly `group` times
+    the prompts' keys and values, whatever their length; those of real packs have longer completions.
+    """
     device = model.head_weight.device
-    row = min(ROW, tokens, model.config.max_position_embeddings)
-    lengths = [row] * (tokens // row) + [tokens % row] * (tokens % row > 0)
+    row, room = min(ROW, model.config.max_position_embeddings - 1), tokens
+    lengths, parents, starts = list[int](), list[int](), list[int]()  # of each sequence; its first position
+    while room:
+        prompt = max(1, min(row, room - group))
+        readers = min(group, room - prompt)
+        parents += [-1] + [len(lengths)] * readers
+        lengths += [prompt] + [1] * readers
+        starts += [0] + [prompt] * readers
+        room -= prompt + readers
     zeros, ones = torch.zeros(tokens, device=device), torch.ones(tokens, device=device)
     ids = torch.zeros(tokens, dtype=torch.int64, device=device)
     return Pack(
         input_ids=ids,
-        position_ids=torch.cat([torch.arange(length, device=device) for length in lengths]),
+        position_ids=torch.cat([torch.arange(start, start + length, device=device) for start, length in zip(starts, lengths, strict=True)]),
         lengths=lengths,
-        parents=[-1] * len(lengths),
+        parents=parents,
         places=torch.arange(tokens, device=device),
         targets=ids,
         old_logprobs=zeros,
