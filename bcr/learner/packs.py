@@ -150,6 +150,7 @@ class Layout:
         laid = dict[tuple[int, ...], tuple[int, int]]()  # prompts that lie there: their sequence and their last place
         for example in examples:
             for prompt, start, stop in example.sequences:
+                assert stop > start, "a context without a completion has nothing to learn"
                 tokens, key = example.token_ids[start : stop - 1], tuple(prompt)
                 if not share_prompts or readers[key] == 1:
                     last = len(layout.inputs) + len(prompt) - 1

@@ -112,8 +112,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, before: int) -> Tensor:
     for first in range(0, length, tile):
         stop = min(first + tile, length)
         keys, ends = before + stop, width - tile + stop - first
-        views = query[:, :, first:stop], key[:, :, :keys], value[:, :, :keys], mask[: stop - first, ends - keys : ends]
-        parts.append(F.scaled_dot_product_attention(*views[:3], attn_mask=views[3], enable_gqa=grouped))
+        views, bias = (query[:, :, first:stop], key[:, :, :keys], value[:, :, :keys]), mask[: stop - first, ends - keys : ends]
+        if query.is_cuda:  # torch's memory-efficient kernel loads several numbers at a time, so the mask must not begin just anywhere
+            bias = bias.clone(memory_format=torch.contiguous_format)
+        parts.append(F.scaled_dot_product_attention(*views, attn_mask=bias, enable_gqa=grouped))
     return torch.cat(parts, 2)
 
 

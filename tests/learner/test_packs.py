@@ -65,6 +65,13 @@ def test_the_example_of_the_docstring():
     assert apart.places.tolist() == [1, 2, 3, 5, 6]
 
 
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_a_context_without_a_completion_is_refused(share_prompts):
+    rollout = Example([1, 2], [7], [-1.0], [Segment(0, 0, 1)], [1.0], contexts=[([1, 2], 1), ([1, 2], 0)])
+    with pytest.raises(AssertionError, match="context without a completion"):
+        pack_of([rollout], share_prompts=share_prompts)
+
+
 def before(pack, place):
     """The tokens up to and including a place, in its sequence and in the one that this goes on from."""
     starts = [0, *itertools.accumulate(pack.lengths)]
