@@ -135,15 +135,19 @@ def described(budget: Budget) -> str:
 
 
 def table(cells: Sequence[dict[str, Any]]) -> Table:
-    """The results for people. Tokens and checks are those of a problem; the interval is the bootstrap's, at 95 %."""
+    """The results for people. Tokens and checks are those of a problem; the interval is the bootstrap's, at 95 %.
+
+    pass@k is that of the largest k, and of the cells whose problems were asked so often (`cyclic` asks each N times at N).
+    """
     samples = max((key for cell in cells for key in cell.get("pass_at_k", {})), key=int, default=None)
     passed = [] if samples is None else [f"pass@{samples}"]
     result = Table("data", "N", "budget", "accuracy", *passed, "tokens", "checks", "truncated", box=SIMPLE, pad_edge=False)
     for cell in cells:
+        found = cell.get("pass_at_k", {})
         result.add_row(
             *asked(cell),
             f"{cell['accuracy']:.1%} [{100 * cell['accuracy_interval'][0]:.1f}, {100 * cell['accuracy_interval'][1]:.1f}]",
-            *([] if samples is None else [f"{cell['pass_at_k'][samples]:.1%}"]),
+            *([] if samples is None else [f"{found[samples]:.1%}" if samples in found else "-"]),
             f"{cell['tokens_per_problem']:.1f}",
             f"{cell['checks_per_problem']:.2f}",
             f"{cell['truncated']:.0%}",
@@ -166,11 +170,12 @@ def asked(cell: dict[str, Any]) -> tuple[str, str, str]:
 
 def run(evaluation: Evaluation) -> None:
     cells = evaluate(evaluation)
-    Console().print(table(cells), verdict_table(cells))
-    print(*law_lines(cells), sep="\n")
     if evaluation.config.output:
         result = {"config": as_plain(evaluation.config), "cells": cells, "scaling_laws": scaling_laws(cells)}
         Path(evaluation.config.output).write_text(json.dumps(result, indent=2) + "\n")
+    Console().print(table(cells), verdict_table(cells))
+    print(*law_lines(cells), sep="\n")
+    if evaluation.config.output:
         print(f"written: {evaluation.config.output}")
 
 

@@ -110,7 +110,7 @@ def forget_other_run(cell: Cell) -> None:
     """Remove what an unfinished run of other settings has left; `resume=auto` would refuse to go on with it."""
     file = cell.folder / "config.yaml"
     if file.exists():
-        before = kept(EARLIER | flat(OmegaConf.to_container(OmegaConf.load(file))))  # type: ignore[arg-type]
+        before = completed(flat(OmegaConf.to_container(OmegaConf.load(file))))  # type: ignore[arg-type]
         if before == compared(cell.config) and flat(as_plain(cell.config))["threads"] == OmegaConf.load(file).threads:
             return
         print(f"{cell.folder}: an unfinished run of other settings is removed.")
@@ -176,14 +176,15 @@ def kept(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if not name.startswith(NOT_COMPARED)}
 
 
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of a config that may be older than some setting, which then counts as what it was."""
+    return {**compared(TrainConfig()), **kept(EARLIER | settings)}
+
+
 def differences(result: dict[str, Any], cell: Cell) -> list[str]:
-    """In which settings a result was made otherwise than the cell asks. A setting that did not exist then counts as what it was."""
-    defaults, now, before = compared(TrainConfig()), compared(cell.config), kept(EARLIER | result["config"])
-    found = [
-        f"{name} was {before.get(name, defaults.get(name))} and is {now.get(name)}"
-        for name in {**before, **now}
-        if before.get(name, defaults.get(name)) != now.get(name, None)
-    ]
+    """In which settings a result was made otherwise than the cell asks."""
+    now, before = compared(cell.config), completed(result["config"])
+    found = [f"{name} was {before.get(name)} and is {now.get(name)}" for name in {**before, **now} if before.get(name) != now.get(name)]
     asked, had = json.loads(json.dumps(asdict(cell.measurement))), result["measurement"]
     return found + [f"{name} was {had.get(name)} and is {asked[name]}" for name in asked if had.get(name) != asked[name]]
 

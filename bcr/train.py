@@ -156,7 +156,7 @@ def train(run: Run, console: StepConsole | None = None, stop: Callable[[], bool]
     config, task, ranks, handover, learners = run.config, run.task, run.ranks, run.handover, run.handover.learners
     options = (config.optimizer, config.loss, config.off_policy, config.sampling.temperature, ranks.device)
     learner = Learner(task.model, *options, learners, run.mesh) if handover.learns else None
-    guards, clock = Guards(config.guards), Clock()
+    guards, clock = Guards(config.guards), Clock(ranks.device)
     has_signal = partial(differs_in_accuracy, advantage=config.advantage)
     parts: dict[str, Stateful] = {"rollouts": run.rollouts, "guards": guards}
     if learner:

@@ -27,7 +27,7 @@ FAILED, LOOK_EVERY = "bcr/failed", 1.0  # the key under which a failing rank tel
 
 
 class Ranks:
-    """This process among `size`, on `device`. Every method but `mesh` is a collective: all ranks call it, in the same order.
+    """This process among `size`, on `device`. Every method is a collective: all ranks call it, in the same order.
 
     A context manager that ends them together: where one rank fails inside it, its traceback is printed and all the others leave within
     seconds, wherever they wait. What several ranks find wrong alike (`agreeing`, RunStopped) is no such failure.
@@ -52,7 +52,8 @@ class Ranks:
     def start(cls, device: str = "auto", timeout_s: float = 1800.0) -> Ranks:
         """What torchrun's environment says; alone without it. gloo on a CPU; on CUDA NCCL for tensors there and gloo for everything else.
 
-        `timeout_s`: how long a rank waits for the others in a collective, so longer than sampling may take one rank more than another.
+        `timeout_s`: how long a rank waits for the others in a collective, so longer than sampling may take one rank more than another,
+        and with ranks that only sample longer than they take, or the others to learn.
         ValueError for a device that is not there, and for an environment that lacks what torchrun sets.
         """
         chosen = choose_device(device)

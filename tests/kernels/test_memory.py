@@ -19,7 +19,7 @@ def probe(*arguments: str) -> dict:
     return json.loads(output)
 
 
-@pytest.mark.parametrize("what", ["forward", "policy"])
+@pytest.mark.parametrize("what", ["forward", pytest.param("policy", marks=pytest.mark.slow)])
 def test_peak_memory_is_an_eighth(what: str) -> None:
     """At H = 32; what the materialised version holds does not depend on H."""
     size = ("2048", "32", "151936")

@@ -53,6 +53,7 @@ def values(optimizer) -> torch.Tensor:
     return parameters_to_vector([weight.detach().double() for group in optimizer.param_groups for weight in group["params"]])
 
 
+@pytest.mark.slow
 def test_a_hundred_small_steps_track_float32_and_a_plain_bfloat16_optimizer_does_not(decoders):
     """With masters the way is float32's but for the noise of bfloat16 gradients; without them hardly a weight moves."""
     exact, mixed, plain = decoders(torch.float32, torch.bfloat16, torch.bfloat16, tie_word_embeddings=True)

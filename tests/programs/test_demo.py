@@ -75,6 +75,7 @@ def test_its_runs_are_those_of_train_to_the_last_bit(whole, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == (whole / "runs" / "bcr_tight" / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_quick_demo_replaces_an_earlier_one(tmp_path):
     stale = [tmp_path / "runs" / "grpo" / "metrics.jsonl", tmp_path / "evaluations.jsonl"]
     stale[0].parent.mkdir(parents=True)

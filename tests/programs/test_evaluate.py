@@ -1,13 +1,15 @@
 """Evaluation: a table and a JSON file, the same problems at every N, the same result twice."""
 
+import io
 import json
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from bcr.analysis.cell import scaling_laws
-from bcr.evaluate import evaluate, prepare
+from bcr.evaluate import evaluate, prepare, table
 from bcr.runtime.config import compose
 from bcr.runtime.schema import EvaluateConfig
 
@@ -19,15 +21,15 @@ def cells_of(*overrides: str) -> list[dict]:
 
 
 def test_every_cell_counts_every_problem_and_repeats_exactly():
-    cells = cells_of()
+    cells = cells_of("problems=9")
     assert [(cell["n"], cell["budget"], cell["budget_per_problem"]) for cell in cells] == [
         (1, 110, None),
         (3, 110, None),
         (1, None, 130),
         (3, None, 130),
     ]
-    assert all(cell["problems"] == 24 for cell in cells)
-    assert cells == cells_of("sampling.max_batch=8")
+    assert all(cell["problems"] == 9 for cell in cells)
+    assert cells == cells_of("problems=9", "sampling.max_batch=8")
 
 
 def test_a_tight_shared_budget_costs_more_where_more_share_it():
@@ -54,6 +56,9 @@ def test_several_data_sets_are_measured_one_after_the_other(tmp_path):
     assert all(sum(cell["verdicts"].values()) == cell["problems"] for cell in cells)
     cyclic = cells_of(*overrides, "cyclic=true", "sampling.max_batch=8")
     assert [cell["problems"] for cell in cyclic] == [4, 12, 3, 9]
+    shown = Console(file=io.StringIO(), width=200, record=True)
+    shown.print(table(cyclic))  # at N = 1 a problem is asked once, so there is no pass@3
+    assert [line.split().count("-") for line in shown.export_text().splitlines() if "sums" in line] == [1, 0]
     with pytest.raises(ValueError, match="N = 4, more than there are problems"):
         cells_of(*overrides, "cyclic=true", "sizes=[4]")
 

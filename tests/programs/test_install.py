@@ -160,6 +160,7 @@ def test_a_mac_is_asked_for_nothing_that_only_linux_has(file):
     assert "torch" in wanted
 
 
+@pytest.mark.slow
 def test_training_and_report_run_where_triton_is_missing(tmp_path):
     """As on macOS: any import of triton, liger-kernel or flash-attn fails."""
     hidden = "import sys; sys.modules.update(dict.fromkeys(('triton', 'liger_kernel', 'flash_attn')))\n"

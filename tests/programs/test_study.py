@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from bcr.records import Verdict
 from bcr.runtime.config import compose, config_folder
 from bcr.runtime.schema import TrainConfig
 from bcr.study import BASE, MOST_CELLS, CellConfig, Listing, StudyConfig, check_listing, collect, prepare, run
-from bcr.study_cell import LETTERS, Measurement, differences, letters, read_result
+from bcr.study_cell import LETTERS, Measurement, differences, forget_other_run, letters, read_result
 from bcr.tasks.arithmetic import ArithmeticProblems
 
 TINY = "['bundles.per_step=1','bundles.group=2','sampling.row_block=8']"
@@ -135,6 +137,22 @@ def test_a_result_of_other_settings_is_refused_or_replaced(folder):
     assert differences(result, cell) == []
     result["config"]["optimizer.lr"] = 1.0
     assert differences(result, cell) == ["optimizer.lr was 1.0 and is 0.0002"]
+
+
+def test_an_unfinished_run_older_than_a_setting_is_gone_on_with(folder, tmp_path):
+    cell = next(cell for cell in prepare(study(folder)).cells if cell.name == "bcr")
+    cell = replace(cell, config=replace(cell.config, output=str(tmp_path)))
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    older = OmegaConf.structured(cell.config)
+    settings = OmegaConf.to_container(older)
+    del settings["parallel"]["samplers"]
+    OmegaConf.save(OmegaConf.create(settings), tmp_path / "config.yaml")
+    forget_other_run(cell)
+    assert (tmp_path / "metrics.jsonl").exists()
+    settings["optimizer"]["lr"] = 1.0
+    OmegaConf.save(OmegaConf.create(settings), tmp_path / "config.yaml")
+    forget_other_run(cell)
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_letters_tell_every_verdict():

@@ -1,7 +1,6 @@
 """Seconds of a phase, and the peak of that phase alone: of the resident set, or where CUDA is (here a stand-in) of its tensors."""
 
 import mmap
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,8 @@ from bcr.runtime import resident
 from bcr.runtime.clock import Clock
 
 
-@pytest.fixture
-def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
 def test_phases_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, peak = Clock(), [3 * 2**30]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    clock, peak = Clock("cuda"), [3 * 2**30]
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: peak.__setitem__(0, 0))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: peak[0])
     with clock("sampling"):
@@ -30,8 +23,7 @@ def test_phases_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(seconds >= 0 for seconds in clock.seconds.values())
 
 
-@pytest.mark.usefixtures("no_cuda")
-@pytest.mark.skipif(sys.platform != "linux", reason="the mark of the resident set is Linux'")
+@pytest.mark.skipif(not resident.restart_peak(), reason="the system does not tell the peak of the resident set")
 def test_a_phase_has_its_own_peak_and_not_that_of_the_one_before() -> None:
     clock, held = Clock(), 128
     with clock("sampling"), mmap.mmap(-1, held << 20) as memory:  # not malloc, which may keep what is freed
@@ -42,7 +34,6 @@ def test_a_phase_has_its_own_peak_and_not_that_of_the_one_before() -> None:
     assert clock.peaks["peak_mb_sampling"] - clock.peaks["peak_mb_grading"] > 0.9 * held
 
 
-@pytest.mark.usefixtures("no_cuda")
 def test_where_the_system_does_not_tell_there_is_no_peak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(resident, "RESET", tmp_path / "no_such_folder" / "clear_refs")
     clock = Clock()

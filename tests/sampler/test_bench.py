@@ -27,6 +27,7 @@ def run(*arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_row_of_both_workloads() -> None:
     record = run("peers=1")
     uniform, groups = record["cases"]
