@@ -1,6 +1,7 @@
 """How a run ends before its time: by itself, with a sentence; or by SIGTERM and Ctrl-C.
 
-A training then finishes the step, writes a checkpoint and leaves with exit code 0; other programs are interrupted.
+A training then finishes the step, writes a checkpoint and leaves with exit code 0. A study hands both on to its cells. Other programs
+are interrupted by Ctrl-C and ended by SIGTERM.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Kill ranks of a training run under torchrun again and again, resume it each time, and compare it with a run that nobody touched.
 
 `python -m tests.parallel.torture [kills] [ranks] [seed]`. Each rank reports the phases it enters; the killer waits for one, lets a random
-moment pass, and sends SIGKILL to one rank or to all. Then torchrun and whatever rank is left must end by themselves.
+moment pass, and sends SIGKILL to one rank or to all. Then it waits until torchrun and all ranks have left.
 """
 
 from __future__ import annotations
