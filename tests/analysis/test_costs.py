@@ -128,6 +128,7 @@ print(status("VmHWM") - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.slow
 def test_a_training_step_peaks_where_the_formula_says(checkpointing):
     """A model of 16 million weights in a process of its own, two steps over a pack of 1,024 tokens: its peak memory."""
     shape = replace(BASE, vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, max_position_embeddings=1024)

@@ -96,6 +96,7 @@ def test_varlen_attention_is_given_the_sequences_as_they_lie(way: str, monkeypat
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_ligers_swiglu_and_rope_under_the_interpreter() -> None:
     """In a process of its own, for Triton decides at import. (Liger's RMSNorm does not run in the interpreter; tests/gpu has it.)"""
     program = Path(__file__).with_name("liger_interpreted.py")

@@ -146,6 +146,7 @@ def test_bad_input_is_one_sentence(problems, overrides, rows, phrase):
     assert phrase in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_the_file_may_be_the_first_argument(problems):
     command = [sys.executable, "-m", "bcr.solve", str(problems), "n=6", *FEW]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=problems.parent)
