@@ -213,7 +213,7 @@ def sampling_seconds(config: DecoderConfig, load: Load, device: Device) -> float
     at the assumed share of the peak, and on top what a pass through the layers takes however small it is."""
     own = load.bundles * load.group
     waves = -(-own // slots(config, load))
-    rows = -(-own // waves)
+    rows = own / waves  # on average; whole ones would make a number of waves look better than it is
     head = config.vocab_size * config.hidden_size
     half_full = kv_bytes(config, load) * (load.prompt + load.budget / 2) / load.length
     traffic = load.weight_bytes * (body_parameters(config, touched_experts(config, rows)) + head) + rows * half_full

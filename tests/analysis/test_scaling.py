@@ -70,13 +70,10 @@ def test_one_device_says_nothing_to_anybody():
 
 @given(st.sampled_from(sorted(KNOWN)), st.integers(0, 8), st.integers(1, 64))
 def test_no_count_of_devices_beats_perfect_scaling(name, doublings, bundles):
-    """And a step is never faster than its latest token: every token reads the weights once, however many devices there are.
-
-    Perfect but for whole rows: a wave of sampling counts ceil(rollouts / waves), which other counts of waves round otherwise.
-    """
+    """And a step is never faster than its latest token: every token reads the weights once, however many devices there are."""
     shape, load = KNOWN[name], replace(WORK, rollouts=8 * bundles)
     alone, many = (step_seconds(shape, replace(load, devices=2**k), H100, FABRIC) for k in (0, doublings))
-    assert sum(many.values()) * 2**doublings >= sum(alone.values()) * 0.97
+    assert sum(many.values()) * 2**doublings >= sum(alone.values()) * (1 - 1e-9)
     assert many["sampling"] >= load.budget * 2 * parameters(shape, 1) / 3.35e12 * 0.9
 
 
